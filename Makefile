@@ -1,0 +1,74 @@
+# Every target that needs the environment makes it first, so on a fresh machine one command is enough.
+
+PYTHON ?= python3
+VENV   ?= .venv
+JOBS   ?= 2
+CXX    ?= c++
+
+BIN         := $(abspath $(VENV))/bin
+PIP         := $(BIN)/python -m pip --disable-pip-version-check
+CONSTRAINTS := requirements/constraints.txt
+NATIVE      := $(wildcard CMakeLists.txt setup.py) $(shell find csrc -type f 2>/dev/null)
+CPP_FILES    = $(shell git ls-files --cached --others --exclude-standard '*.h' '*.cpp' '*.cu' '*.cuh')
+
+# cmake and ninja come with the environment; the system's are not needed.
+export PATH := $(BIN):$(PATH)
+
+.PHONY: help setup test test-gpu lint format bench demo clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.installed  ## make .venv with everything in it and build the native library
+
+test: $(VENV)/.installed  ## run every test this machine can run
+	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+test-gpu: $(VENV)/.installed  ## run the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed  ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(if $(CPP_FILES),$(BIN)/clang-format --dry-run -Werror $(CPP_FILES))
+
+format: $(VENV)/.installed  ## rewrite the sources in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(CPP_FILES),$(BIN)/clang-format -i $(CPP_FILES))
+
+bench: $(VENV)/.installed  ## time the op on this machine's CPU and print the table
+	$(BIN)/python -m benchmarks run --suite op --device cpu
+
+demo: $(VENV)/.installed  ## train the tiny model with and without AttBalance; writes demo/report.html
+	$(BIN)/python -m attbalance_ext.grounding.demo
+
+clean:  ## remove the environment, builds and caches
+	rm -rf $(VENV) build dist *.egg-info attbalance_ext/kernels/lib/*.so
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Three steps, each with a stamp: the environment, PyTorch with the build tools, the package itself.
+
+$(VENV)/.created:
+	@command -v $(PYTHON) >/dev/null || { echo "No '$(PYTHON)' found: install Python >= 3.10, or name one with 'make setup PYTHON=...'."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "Python >= 3.10 is needed; '$(PYTHON)' is $$($(PYTHON) -V 2>&1). Name another with 'make setup PYTHON=python3.12'."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "'$(PYTHON)' cannot make virtual environments: install its venv package (Debian, Ubuntu: apt install python3-venv)."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# PyTorch first and alone, so that nothing later can choose another build of it.
+$(VENV)/.torch: $(CONSTRAINTS) | $(VENV)/.created
+	$(PIP) install --progress-bar off -c $(CONSTRAINTS) torch
+	$(PIP) install --progress-bar off -c $(CONSTRAINTS) setuptools cmake ninja pybind11
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml $(NATIVE)
+	@command -v $(CXX) >/dev/null || { \
+	  echo "No C++ compiler '$(CXX)' found: install one (Debian, Ubuntu: apt install g++) or name one with CXX=..."; exit 1; }
+	$(PIP) install --progress-bar off -c $(CONSTRAINTS) --no-build-isolation -e '.[train,dev]'
+	@touch $@
