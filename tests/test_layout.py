@@ -20,6 +20,11 @@ KERNELS = f"{PACKAGE}.kernels"
 FRONT = f"{PACKAGE}.cli"  # above everything
 USERS = (f"{PACKAGE}.grounding", f"{PACKAGE}.integrations", "benchmarks")
 
+# What is outside the stable folders ties the binary to one PyTorch version. Kernel bodies (kernels.cuh) are
+# also compiled for the host, where there is no torch at all.
+STABLE_ABI = ("torch/csrc/stable/", "torch/headeronly/", "torch/csrc/inductor/aoti_torch/c/")
+UNSTABLE = ("torch/", "ATen/", "c10/", "caffe2/", "pybind11/", "Python.h")
+
 
 def module_name(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
@@ -73,12 +78,8 @@ def python_files(*folders: str) -> list[Path]:
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
-def native_files(*suffixes: str) -> list[Path]:
-    return sorted(path for suffix in suffixes for path in (ROOT / "csrc").rglob(f"*{suffix}"))
-
-
-def included(path: Path) -> list[str]:
-    return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), flags=re.MULTILINE)
+def native_files() -> list[Path]:
+    return sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".h", ".cuh", ".cpp", ".cu"})
 
 
 def relative(path: Path) -> str:
@@ -125,30 +126,43 @@ def test_only_ops_touches_the_operator_registry() -> None:
     assert users == {f"{PACKAGE}/kernels/ops.py"}
 
 
-@pytest.mark.parametrize("path", native_files(".h", ".cuh"), ids=relative)
-def test_headers_are_guarded(path: Path) -> None:
-    assert "#pragma once" in path.read_text()
+def header_faults(name: str, source: str) -> list[str]:
+    """What `source`, the text of the native file `name`, may not do."""
+    includes = re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', source, flags=re.MULTILINE)
+    stable = () if name == "kernels.cuh" else STABLE_ABI
+    faults = [path for path in includes if path.startswith(UNSTABLE) and not path.startswith(stable)]
+    if name.endswith((".h", ".cuh")) and "#pragma once" not in source:
+        faults.append("no #pragma once")
+    return faults
 
 
-@pytest.mark.parametrize("path", native_files(".h", ".cuh", ".cpp", ".cu"), ids=relative)
-def test_native_code_uses_only_the_stable_abi(path: Path) -> None:
-    """What is outside these folders ties the binary to one PyTorch version."""
-    stable = ("torch/csrc/stable/", "torch/headeronly/", "torch/csrc/inductor/aoti_torch/c/")
-    foreign = ("torch/", "ATen/", "c10/", "caffe2/", "pybind11/", "Python.h")
-    faults = [name for name in included(path) if name.startswith(foreign) and not name.startswith(stable)]
-    assert not faults, f"{relative(path)} includes {faults}"
+def test_native_code_uses_only_the_stable_abi() -> None:
+    files = native_files()
+    assert files
+    faults = {relative(path): header_faults(path.name, path.read_text()) for path in files}
+    assert not {path: found for path, found in faults.items() if found}
 
 
-@pytest.mark.parametrize("path", native_files("kernels.cuh"), ids=relative)
-def test_kernel_bodies_include_no_torch(path: Path) -> None:
-    """The kernel bodies are also compiled for the host, where there is no torch."""
-    assert not [name for name in included(path) if name.startswith(("torch/", "ATen/", "c10/"))]
+@pytest.mark.parametrize(
+    ("name", "source", "is_fault"),
+    [
+        ("cpu.cpp", "#include <torch/csrc/stable/library.h>", False),
+        ("cpu.cpp", "#include <torch/extension.h>", True),
+        ("cpu.cpp", '# include "ATen/ATen.h"', True),
+        ("simd.h", "#pragma once\n#include <cmath>", False),
+        ("simd.h", "#include <cmath>", True),
+        ("cuda.cu", "#include <torch/headeronly/util/Half.h>", False),
+        ("kernels.cuh", "#pragma once\n#include <torch/headeronly/util/Half.h>", True),
+    ],
+)
+def test_header_rule_itself(name: str, source: str, is_fault: bool) -> None:
+    assert bool(header_faults(name, source)) is is_fault
 
 
 def test_native_code_defines_no_schema() -> None:
     """Schemas live in kernels/ops.py; defining one twice aborts the process."""
     define = re.compile(r"\bSTABLE_TORCH_LIBRARY\s*\(|\bSTABLE_TORCH_LIBRARY_FRAGMENT\s*\(|\bm\.def\s*\(")
-    files = native_files(".h", ".cuh", ".cpp", ".cu")
+    files = native_files()
     assert files
     assert not [relative(path) for path in files if define.search(path.read_text())]
 
