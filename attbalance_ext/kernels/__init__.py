@@ -1,0 +1,1 @@
+"""The two fused ops below the public API: one folder an op, one file a backend."""

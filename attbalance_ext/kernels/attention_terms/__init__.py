@@ -1,0 +1,1 @@
+"""The `attention_terms` op: one file a backend."""

@@ -1,0 +1,1 @@
+"""The `balanced_loss` op: one file a backend."""

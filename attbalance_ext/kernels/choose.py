@@ -1,0 +1,81 @@
+"""Which backend runs a call, and why the others do not."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+
+from attbalance_ext.errors import BackendUnavailable
+from attbalance_ext.kernels import ops
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+_FASTEST_FIRST = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+_ENVIRONMENT = "ATTBALANCE_BACKEND"
+
+_log = logging.getLogger("attbalance_ext")
+_logged: set[str] = set()
+
+
+def available_backends() -> dict[str, list[str]]:
+    """Every backend's name with the reasons why it cannot run here; an empty list means that it can.
+
+    >>> available_backends()["reference"]
+    []
+    """
+    return {
+        "reference": [],
+        "cpu": ops.cpu_library_problems(),
+        "triton": ["this version of attbalance_ext has no Triton kernels"],
+        "cuda": ["this version of attbalance_ext has no CUDA kernels"],
+    }
+
+
+def check_name(backend: str) -> None:
+    """Raise ``ValueError`` unless ``backend`` is "auto" or a backend's name."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+
+
+@torch.compiler.assume_constant_result
+def choose(backend: str, device_type: str) -> str:
+    """The backend that runs a call on tensors of this device type.
+
+    "auto" means ``ATTBALANCE_BACKEND`` where that is set, else the fastest that can run here; a fall back is logged once.
+
+    Raises:
+        ValueError: unknown name. BackendUnavailable: an explicit choice that cannot run, with the reasons.
+    """
+    check_name(backend)
+    if backend == "auto":
+        backend = os.environ.get(_ENVIRONMENT, "auto")
+        if backend != "auto" and backend not in BACKENDS:
+            raise ValueError(f"{_ENVIRONMENT} must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+    if backend != "auto":
+        reasons = _why_not(backend, device_type)
+        if reasons:
+            raise BackendUnavailable(f"backend {backend!r} cannot run here: {'; '.join(reasons)}")
+        return backend
+    skipped: list[str] = []
+    for candidate in _FASTEST_FIRST.get(device_type, ("reference",)):
+        reasons = _why_not(candidate, device_type)
+        if not reasons:
+            if skipped:
+                _log_once(f"using backend {candidate!r} for {device_type} tensors: {'; '.join(skipped)}")
+            return candidate
+        skipped.append(f"{candidate!r} cannot run ({'; '.join(reasons)})")
+    raise AssertionError("the reference backend runs everywhere")
+
+
+def _why_not(backend: str, device_type: str) -> list[str]:
+    reasons = list(available_backends()[backend])
+    if backend == "cpu" and device_type != "cpu":
+        reasons.append(f"the tensors are on {device_type}")
+    return reasons
+
+
+def _log_once(message: str) -> None:
+    if message not in _logged:
+        _logged.add(message)
+        _log.warning(message)

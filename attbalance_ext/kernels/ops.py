@@ -1,0 +1,336 @@
+"""The registered ops: schemas, fakes, gradients, and the library that implements them.
+
+The only file that knows ``torch.ops``. Schemas are defined here alone; the native libraries only register
+implementations (defining a schema twice aborts the process), so that importing works with no library built. One
+overload per backend.
+The gradient is an ``autograd.Function`` outside the op, cheaper per call than ``torch.library.register_autograd``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from attbalance_ext.kernels.attention_terms.reference import AttentionTerms
+from attbalance_ext.kernels.balanced_loss.reference import SAMPLE_ROWS, Objective
+
+NATIVE_BACKENDS = ("cpu",)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # the position is the code in `key_dtype`
+_CPU_LIBRARY = Path(__file__).parent / "lib" / "libattbalance_cpu.so"
+
+_definitions = torch.library.Library("attbalance_ext", "DEF")
+
+
+def _load(path: Path) -> list[str]:
+    """Load a native library; the reasons why it could not be loaded, or []."""
+    if not path.exists():
+        return [
+            f"{path.name} was not built: install a C++ compiler, then reinstall attbalance_ext "
+            "(in a checkout: make setup)"
+        ]
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return [f"{path.name} does not load with PyTorch {torch.__version__}: {error}"]
+    return []
+
+
+def cpu_library_problems() -> list[str]:
+    """Why the C++ kernels cannot run here; [] when they can."""
+    return list(_cpu_problems)
+
+
+# --- attention_terms -------------------------------------------------------------------------------------------------
+
+for _backend in NATIVE_BACKENDS:
+    _definitions.define(
+        f"attention_terms.{_backend}(Tensor[] query, Tensor[] key, float[] scale, Tensor region, int[] grids, int rule, "
+        "Tensor? padding, Tensor[] teacher_query, Tensor[] teacher_key, float[] teacher_scale, bool need_key_means) -> "
+        "(Tensor in_box, Tensor rac, Tensor mrc, Tensor valid, Tensor scores, Tensor teacher_scores, Tensor stats, "
+        "Tensor key_means)"
+    )
+    _definitions.define(
+        f"attention_terms_backward.{_backend}(Tensor grad_in_box, Tensor grad_rac, Tensor grad_mrc, Tensor[] query, "
+        "float[] scale, Tensor region, int[] grids, int rule, Tensor? padding, Tensor in_box, Tensor scores, "
+        "Tensor teacher_scores, Tensor stats, Tensor key_means, int[] key_dtype, bool[] sequence_first, "
+        "bool[] need_query, bool[] need_key) -> (Tensor[] grad_query, Tensor[] grad_key)"
+    )
+
+
+def _attention_terms_fake(
+    query: list[Tensor],
+    key: list[Tensor],
+    scale: Sequence[float],
+    region: Tensor,
+    grids: Sequence[int],
+    rule: int,
+    padding: Tensor | None,
+    teacher_query: list[Tensor],
+    teacher_key: list[Tensor],
+    teacher_scale: Sequence[float],
+    need_key_means: bool,
+) -> tuple[Tensor, ...]:
+    layers, (batch, tokens, width) = len(key), key[0].shape
+    per_sample = [query[0].new_empty(layers, batch) for _ in range(3)]
+    scores = query[0].new_empty(layers, batch, tokens)
+    return (
+        *per_sample,
+        query[0].new_empty(batch, dtype=torch.bool),
+        scores,
+        torch.empty_like(scores) if teacher_key else scores.new_empty(0),
+        scores.new_empty(layers, batch, 4),
+        scores.new_empty(layers, batch, 3, width) if need_key_means else scores.new_empty(0),
+    )
+
+
+def _attention_terms_backward_fake(
+    grad_in_box: Tensor,
+    grad_rac: Tensor,
+    grad_mrc: Tensor,
+    query: list[Tensor],
+    scale: Sequence[float],
+    region: Tensor,
+    grids: Sequence[int],
+    rule: int,
+    padding: Tensor | None,
+    in_box: Tensor,
+    scores: Tensor,
+    teacher_scores: Tensor,
+    stats: Tensor,
+    key_means: Tensor,
+    key_dtype: Sequence[int],
+    sequence_first: Sequence[bool],
+    need_query: Sequence[bool],
+    need_key: Sequence[bool],
+) -> tuple[list[Tensor], list[Tensor]]:
+    _, batch, tokens = scores.shape
+    width = query[0].shape[1]
+    grad_query = [torch.empty_like(q) for q, needed in zip(query, need_query, strict=True) if needed]
+    grad_key = []
+    for code, tokens_first, needed in zip(key_dtype, sequence_first, need_key, strict=True):
+        if not needed:
+            continue
+        if tokens_first:
+            grad_key.append(scores.new_empty(tokens, batch, width, dtype=DTYPES[code]).transpose(0, 1))
+        else:
+            grad_key.append(scores.new_empty(batch, tokens, width, dtype=DTYPES[code]))
+    return grad_query, grad_key
+
+
+class AttentionSpec(NamedTuple):
+    """What is constant in one `attention_terms` call; `grids` is flat, and empty when the region is given as
+    weights."""
+
+    backend: str
+    scale: tuple[float, ...]
+    grids: tuple[int, ...]
+    rule: int
+    teacher_scale: tuple[float, ...]
+
+
+def attention_terms(
+    spec: AttentionSpec,
+    region: Tensor,
+    padding: Tensor | None,
+    query: Sequence[Tensor],
+    key: Sequence[Tensor],
+    teacher_query: Sequence[Tensor],
+    teacher_key: Sequence[Tensor],
+) -> AttentionTerms:
+    """Run a native backend, differentiable in query and key.
+
+    query: L x (B, D) in the arithmetic's dtype, contiguous, L >= 1. key: L x (B, N, D), last dimension contiguous.
+    region: boxes (B, 4) float32 when ``spec.grids``, else weights (B, N) in the arithmetic's dtype; contiguous.
+    padding: (B, N) bool, contiguous. The teacher's lists are L long or empty.
+    """
+    return AttentionTerms(*_AttentionTerms.apply(spec, region, padding, *query, *key, *teacher_query, *teacher_key))
+
+
+class _AttentionTerms(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, spec: AttentionSpec, region: Tensor, padding: Tensor | None, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        layers = len(spec.scale)
+        query, key, teacher_query, teacher_key = (list(tensors[i * layers : (i + 1) * layers]) for i in range(4))
+        needed = ctx.needs_input_grad[3:]
+        ctx.need_query, ctx.need_key = list(needed[:layers]), list(needed[layers : 2 * layers])
+        forward = getattr(torch.ops.attbalance_ext.attention_terms, spec.backend)
+        in_box, rac, mrc, valid, *kept = forward(
+            query,
+            key,
+            spec.scale,
+            region,
+            spec.grids,
+            spec.rule,
+            padding,
+            teacher_query,
+            teacher_key,
+            spec.teacher_scale,
+            any(ctx.need_query),
+        )
+        ctx.spec = spec
+        ctx.teachers = len(teacher_query) + len(teacher_key)
+        ctx.key_dtype = [DTYPES.index(k.dtype) for k in key]
+        ctx.sequence_first = [k.stride(0) < k.stride(1) for k in key]
+        ctx.save_for_backward(region, padding, in_box, *kept, *query)
+        ctx.mark_non_differentiable(valid)
+        return in_box, rac, mrc, valid
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_in_box: Tensor, grad_rac: Tensor, grad_mrc: Tensor, _valid: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        region, padding, in_box, scores, teacher_scores, stats, key_means, *query = ctx.saved_tensors
+        spec: AttentionSpec = ctx.spec
+        backward = getattr(torch.ops.attbalance_ext.attention_terms_backward, spec.backend)
+        grad_query, grad_key = backward(
+            grad_in_box.contiguous(),
+            grad_rac.contiguous(),
+            grad_mrc.contiguous(),
+            query,
+            spec.scale,
+            region,
+            spec.grids,
+            spec.rule,
+            padding,
+            in_box,
+            scores,
+            teacher_scores,
+            stats,
+            key_means,
+            ctx.key_dtype,
+            ctx.sequence_first,
+            ctx.need_query,
+            ctx.need_key,
+        )
+        student = (*_place(grad_query, ctx.need_query), *_place(grad_key, ctx.need_key))
+        return None, None, None, *student, *(None,) * ctx.teachers
+
+
+def _place(gradients: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
+    remaining = iter(gradients)
+    return [next(remaining) if flag else None for flag in needed]
+
+
+# --- balanced_loss ---------------------------------------------------------------------------------------------------
+
+for _backend in NATIVE_BACKENDS:
+    _definitions.define(
+        f"balanced_loss.{_backend}(Tensor in_box, Tensor rac, Tensor mrc, Tensor valid, Tensor pred, Tensor target, "
+        "Tensor box_ratio, Tensor? rho, float alpha_ar, float alpha_l1, float alpha_giou, float weight_rac, "
+        "float weight_mrc, int difficulty_from, bool detach_difficulty, bool adw, bool odw, bool plain) -> "
+        "(Tensor loss, Tensor samples, Tensor rho, Tensor grad_rac, Tensor grad_mrc, Tensor grad_pred)"
+    )
+
+
+def _balanced_loss_fake(
+    in_box: Tensor,
+    rac: Tensor,
+    mrc: Tensor,
+    valid: Tensor,
+    pred: Tensor,
+    target: Tensor,
+    box_ratio: Tensor,
+    rho: Tensor | None,
+    alpha_ar: float,
+    alpha_l1: float,
+    alpha_giou: float,
+    weight_rac: float,
+    weight_mrc: float,
+    difficulty_from: int,
+    detach_difficulty: bool,
+    adw: bool,
+    odw: bool,
+    plain: bool,
+) -> tuple[Tensor, ...]:
+    return (
+        pred.new_empty(()),
+        pred.new_empty(len(SAMPLE_ROWS), target.shape[0]),
+        pred.new_empty(0 if plain else in_box.shape[0]),
+        torch.empty_like(rac),
+        torch.empty_like(mrc),
+        torch.empty_like(pred),
+    )
+
+
+class Weights(NamedTuple):
+    """The numbers of one `balanced_loss` call, in the order of the schema."""
+
+    alpha_ar: float
+    alpha_l1: float
+    alpha_giou: float
+    weight_rac: float
+    weight_mrc: float
+    difficulty_from: int
+    detach_difficulty: bool
+    adw: bool
+    odw: bool
+    plain: bool
+
+
+def balanced_loss(
+    backend: str,
+    weights: Weights,
+    in_box: Tensor,
+    rac: Tensor,
+    mrc: Tensor,
+    valid: Tensor,
+    pred: Tensor,
+    target: Tensor,
+    box_ratio: Tensor,
+    rho: Tensor | None,
+) -> Objective:
+    """Run a native backend; all tensors contiguous, in the arithmetic's dtype; differentiable in rac, mrc and pred."""
+    return Objective(*_BalancedLoss.apply(backend, weights, in_box, rac, mrc, valid, pred, target, box_ratio, rho))
+
+
+class _BalancedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: str,
+        weights: Weights,
+        in_box: Tensor,
+        rac: Tensor,
+        mrc: Tensor,
+        valid: Tensor,
+        pred: Tensor,
+        target: Tensor,
+        box_ratio: Tensor,
+        rho: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        forward = getattr(torch.ops.attbalance_ext.balanced_loss, backend)
+        loss, samples, rho, *gradients = forward(in_box, rac, mrc, valid, pred, target, box_ratio, rho, *weights)
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(samples, rho)
+        return loss, samples, rho
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _samples: Tensor, _rho: Tensor) -> tuple[Tensor | None, ...]:
+        rac, mrc, pred = (
+            grad_loss * gradient if needed else None
+            for gradient, needed in zip(ctx.saved_tensors, (ctx.needs_input_grad[i] for i in (3, 4, 6)), strict=True)
+        )
+        return None, None, None, rac, mrc, None, pred, None, None, None
+
+
+# --- registration ----------------------------------------------------------------------------------------------------
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "attention_terms": _attention_terms_fake,
+    "attention_terms_backward": _attention_terms_backward_fake,
+    "balanced_loss": _balanced_loss_fake,
+}
+for _backend in NATIVE_BACKENDS:
+    for _name, _fake in _FAKES.items():
+        torch.library.register_fake(f"attbalance_ext::{_name}.{_backend}", _fake, lib=_definitions)
+
+_cpu_problems = _load(_CPU_LIBRARY)

@@ -1,0 +1,222 @@
+"""Reads one object query's attention out of `nn.MultiheadAttention` layers without asking them for weights.
+
+With keys k_j = W_k x_j + b_k the score q . k_j is (W_k^T q) . x_j plus a constant that the softmax drops. So the
+layer's input x serves as the key and u = W_k^T (W_q x_query + b_q) as the query: no projection is recomputed for the
+N tokens, and the host keeps its fused attention.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attbalance_ext.attention import QueryAttention
+
+# A float mask is added to the scores: below this a token's probability underflows to 0, whatever finite stand-in
+# for -inf the host uses.
+_MASKED = -1e4
+
+
+class _Record(NamedTuple):
+    query: Tensor  # u, (B, D)
+    key: Tensor  # x, (B, N, D)
+    scale: float
+    padding: Tensor | None
+
+
+class AttentionTap:
+    """Records the object query's attention in chosen `nn.MultiheadAttention` layers.
+
+    ::
+
+        tap = AttentionTap([layer.self_attn for layer in encoder.layers], query=0, visual=slice(21, 421))
+        with tap.recording():
+            output = model(images, sentences)
+        attention = tap.attention()
+
+    Gradients reach the layer's input and its query and key projections, as if the attention were computed explicitly.
+    The hooks stay on the modules until :meth:`remove`; deep copies and pickles of the model carry inert ones.
+    Not valid for hosts with rotary embeddings inside attention: there, build :class:`QueryAttention` from q and k.
+
+    Args:
+        modules: the L attention layers in order, sequence- or batch-first, self- or cross-attention.
+        query: index of the object query among the layer's query tokens.
+        visual: which of the layer's key tokens are the visual ones, in the grids' order.
+
+    Raises:
+        TypeError: a module is not `nn.MultiheadAttention`, or ``query`` / ``visual`` is not an int / slice.
+        ValueError: no modules, or one module twice.
+    """
+
+    def __init__(
+        self, modules: Sequence[nn.MultiheadAttention], *, query: int = 0, visual: slice = slice(None)
+    ) -> None:
+        modules = list(modules)
+        if not modules:
+            raise ValueError("modules is empty: give the nn.MultiheadAttention layers to supervise")
+        for position, module in enumerate(modules):
+            if not isinstance(module, nn.MultiheadAttention):
+                raise TypeError(f"modules[{position}] must be nn.MultiheadAttention, got {type(module).__name__}")
+        if len(set(map(id, modules))) != len(modules):
+            raise ValueError("modules names one layer twice; a layer that runs several times cannot be tapped")
+        if not isinstance(query, int):
+            raise TypeError(f"query must be an int, got {type(query).__name__}")
+        if not isinstance(visual, slice):
+            raise TypeError(f"visual must be a slice, got {type(visual).__name__}")
+        self._query, self._visual = query, visual
+        self._recording = False
+        self._records: list[_Record | None] = [None] * len(modules)
+        self._handles = [
+            module.register_forward_hook(_Hook(self, position), with_kwargs=True)
+            for position, module in enumerate(modules)
+        ]
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record the forward pass that runs inside; what was recorded before and not fetched is dropped."""
+        if not self._handles:
+            raise RuntimeError("this tap was removed from its modules")
+        self._records = [None] * len(self._records)
+        self._recording = True
+        try:
+            yield
+        finally:
+            self._recording = False
+
+    def attention(self) -> QueryAttention:
+        """Hand over the last recording, L layers, and forget it: nothing stays in memory for the tap's sake.
+
+        Raises:
+            RuntimeError: nothing was recorded, or a layer did not run.
+        """
+        records, self._records = self._records, [None] * len(self._records)
+        missing = [position for position, record in enumerate(records) if record is None]
+        if missing:
+            raise RuntimeError(
+                f"no recording of layer(s) {missing}: run the model inside `with tap.recording():` first, "
+                "and fetch each recording once"
+            )
+        recorded = [record for record in records if record is not None]
+        return QueryAttention(
+            [record.query for record in recorded],
+            [record.key for record in recorded],
+            [record.scale for record in recorded],
+            recorded[-1].padding,
+        )
+
+    def remove(self) -> None:
+        """Take the hooks off the modules."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._records = [None] * len(self._records)
+
+    def _observe(
+        self, position: int, module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if not (self._recording or torch.is_grad_enabled()):
+            return
+        # With gradients on, compute even when not recording: recomputation under activation checkpointing must meet the
+        # same graph as the recorded forward pass.
+        record = _read(module, self._query, self._visual, args, kwargs)
+        if not self._recording or _in_backward():
+            return
+        if module.training and not torch.is_grad_enabled():
+            raise RuntimeError(
+                "a recording in training mode needs gradients: under no_grad, or reentrant activation checkpointing "
+                "(use_reentrant=False works), the gradient of the keys would be lost silently"
+            )
+        if self._records[position] is not None:
+            raise RuntimeError(
+                f"layer {position} ran twice in one recording: fetch tap.attention() after each forward pass"
+            )
+        self._records[position] = record
+
+
+class _Hook:
+    """A forward hook that deep copies and pickles as an inert one: a copy of the model is not the tap's business."""
+
+    def __init__(self, tap: AttentionTap, position: int) -> None:
+        self.tap = tap
+        self.position = position
+
+    def __call__(
+        self, module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        self.tap._observe(self.position, module, args, kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _InertHook, ()
+
+
+class _InertHook:
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        return None
+
+
+def _in_backward() -> bool:
+    """Whether the autograd engine is running, that is: this forward pass is a recomputation."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _read(
+    module: nn.MultiheadAttention, index: int, visual: slice, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> _Record:
+    query = args[0] if args else kwargs["query"]
+    key = args[1] if len(args) > 1 else kwargs["key"]
+    mask = args[3] if len(args) > 3 else kwargs.get("key_padding_mask")
+    if query.is_nested or key.is_nested:
+        query, key, mask = _unnest(query, key, visual)
+    elif query.dim() != 3:
+        raise ValueError(f"a tapped layer needs batched input (3-D), got shape {tuple(query.shape)}")
+    elif not module.batch_first:
+        query, key = query.transpose(0, 1), key.transpose(0, 1)
+    if not -query.shape[1] <= index < query.shape[1]:
+        raise ValueError(f"query must index one of the layer's {query.shape[1]} query tokens, got {index}")
+    padding = None
+    if mask is not None:
+        padding = mask[:, visual]
+        if padding.dtype != torch.bool:
+            padding = padding < _MASKED
+    head_width = module.embed_dim // module.num_heads
+    return _Record(
+        query=_fold_projections(module, query[:, index]),
+        key=key[:, visual],
+        scale=1 / (module.num_heads * math.sqrt(head_width)),
+        padding=padding,
+    )
+
+
+def _fold_projections(module: nn.MultiheadAttention, x: Tensor) -> Tensor:
+    """u = W_k^T (W_q x + b_q), (B, D), in float32 (float64 for float64 weights) whatever autocast says."""
+    width = module.embed_dim
+    if module._qkv_same_embed_dim:
+        weight_q, weight_k = module.in_proj_weight[:width], module.in_proj_weight[width : 2 * width]
+    else:
+        weight_q, weight_k = module.q_proj_weight, module.k_proj_weight
+    bias_q = None if module.in_proj_bias is None else module.in_proj_bias[:width]
+    dtype = torch.float64 if weight_q.dtype == torch.float64 else torch.float32
+    with torch.autocast(x.device.type, enabled=False):
+        q = F.linear(x.to(dtype), weight_q.to(dtype), None if bias_q is None else bias_q.to(dtype))
+        return q @ weight_k.to(dtype)
+
+
+def _unnest(query: Tensor, key: Tensor, visual: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Dense (B, S, D) query and key and the (B, S) padding of nested ones (the encoder's fast path in eval mode).
+
+    A nested batch has forgotten how long its padded form was: ``visual.stop`` restores it where the batch is shorter.
+    """
+    lengths = torch.tensor([row.shape[0] for row in key.unbind()], device=key.device)
+    longest = max(row.shape[0] for row in key.unbind())
+    if visual.stop is not None and visual.stop >= 0:
+        longest = max(longest, visual.stop)
+    dense_query = query.to_padded_tensor(0.0)
+    dense_key = key.to_padded_tensor(0.0, (key.size(0), longest, key.size(2)))
+    padding = torch.arange(longest, device=key.device) >= lengths[:, None]
+    return dense_query, dense_key, padding

@@ -1,0 +1,81 @@
+"""The momentum teacher: an exponential moving average of the model whose attention MRC follows (AttBalance, section
+3)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from attbalance_ext.attention import QueryAttention
+from attbalance_ext.tap import AttentionTap
+
+
+class MomentumTeacher(nn.Module):
+    """An EMA copy of a model, kept in eval mode, and its tap.
+
+    `torch.optim.swa_utils.AveragedModel` is not used whole: it branches on a counter that lives on the device, a host
+    synchronisation in every update. Its averaging function is.
+
+    ::
+
+        teacher = MomentumTeacher(model, lambda copy: AttentionTap([layer.self_attn for layer in copy.layers]))
+        teacher.update(model)  # before the teacher's forward pass, as in the paper
+        attention = teacher.attention(images, sentences)
+
+    The averaged weights and buffers are in ``state_dict`` under ``module.``.
+
+    Args:
+        model: the student; give the plain module, not a DistributedDataParallel or compiled wrapper of it.
+        make_tap: called once with the copy; returns the copy's :class:`AttentionTap`.
+        momentum: what the average keeps of its past in each update, in [0, 1]; the paper's is 0.9.
+    """
+
+    def __init__(self, model: nn.Module, make_tap: Callable[[nn.Module], AttentionTap], momentum: float = 0.9) -> None:
+        super().__init__()
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum must be in [0, 1], got {momentum!r}")
+        self.momentum = momentum
+        self.module = copy.deepcopy(model).requires_grad_(False)
+        tap = make_tap(self.module)
+        if not isinstance(tap, AttentionTap):
+            raise TypeError(f"make_tap must return an AttentionTap, got {type(tap).__name__}")
+        self._tap = tap
+        self._average = get_ema_multi_avg_fn(momentum)
+        self.eval()
+
+    def train(self, mode: bool = True) -> MomentumTeacher:
+        """The teacher stays in eval mode: dropout in its attention would be noise in the student's target."""
+        super().train(False)
+        return self
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move the average towards ``model``: floating parameters by ``1 - momentum``; buffers are copied.
+
+        ``model`` may be a wrapper, as long as its parameters and buffers come in the same order.
+        """
+        groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+        for parameter, current in zip(self.module.parameters(), model.parameters(), strict=True):
+            averages, currents = groups.setdefault((parameter.device, parameter.dtype), ([], []))
+            averages.append(parameter.detach())
+            currents.append(current.detach().to(parameter))
+        for averages, currents in groups.values():
+            self._average(averages, currents, 0)
+        for buffer, current_buffer in zip(self.module.buffers(), model.buffers(), strict=True):
+            buffer.copy_(current_buffer)
+
+    @torch.no_grad()
+    def attention(self, *args: Any, **kwargs: Any) -> QueryAttention:
+        """Run the teacher's forward pass on the student's inputs; its attention, without gradient."""
+        with self._tap.recording():
+            self.module(*args, **kwargs)
+        return self._tap.attention()
+
+    def forward(self, *args: Any, **kwargs: Any) -> QueryAttention:
+        """The same as :meth:`attention`, so that wrappers which call modules work."""
+        return self.attention(*args, **kwargs)
