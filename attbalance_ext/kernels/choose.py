@@ -42,7 +42,8 @@ def check_name(backend: str) -> None:
 def choose(backend: str, device_type: str) -> str:
     """The backend that runs a call on tensors of this device type.
 
-    "auto" means ``ATTBALANCE_BACKEND`` where that is set, else the fastest that can run here; a fall back is logged once.
+    "auto" means ``ATTBALANCE_BACKEND`` where that is set, else the fastest that can run here (a fall back is logged
+    once).
 
     Raises:
         ValueError: unknown name. BackendUnavailable: an explicit choice that cannot run, with the reasons.
