@@ -50,9 +50,9 @@ def cpu_library_problems() -> list[str]:
 for _backend in NATIVE_BACKENDS:
     _definitions.define(
         f"attention_terms.{_backend}(Tensor[] query, Tensor[] key, float[] scale, Tensor region, int[] grids, "
-        "int rule, Tensor? padding, Tensor[] teacher_query, Tensor[] teacher_key, float[] teacher_scale, bool need_key_means) -> "
-        "(Tensor in_box, Tensor rac, Tensor mrc, Tensor valid, Tensor scores, Tensor teacher_scores, Tensor stats, "
-        "Tensor key_means)"
+        "int rule, Tensor? padding, Tensor[] teacher_query, Tensor[] teacher_key, float[] teacher_scale, "
+        "bool need_key_means) -> (Tensor in_box, Tensor rac, Tensor mrc, Tensor valid, Tensor scores, "
+        "Tensor teacher_scores, Tensor stats, Tensor key_means)"
     )
     _definitions.define(
         f"attention_terms_backward.{_backend}(Tensor grad_in_box, Tensor grad_rac, Tensor grad_mrc, Tensor[] query, "
