@@ -1,0 +1,210 @@
+// Vectors of the widest registers this translation unit may use, on the compiler's vector extensions.
+//
+// A file that includes this header is compiled once for each instruction set, with ATTBALANCE_ISA naming the
+// namespace its code lives in. Everything here is inside that namespace and nothing comes from the standard
+// library: a shared inline function would be emitted by several of those files, and the linker would keep one of
+// them, possibly one that the processor at hand cannot run.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "dtype.h"
+
+namespace attbalance::ATTBALANCE_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <typename T, int kLanes>
+struct LanesOf {
+    typedef T type __attribute__((vector_size(sizeof(T) * kLanes)));
+};
+
+/// `kLanes` values of `T` as one value.
+template <typename T, int kLanes>
+using Lanes = typename LanesOf<T, kLanes>::type;
+
+/// Number of values of `A` in a register.
+template <typename A>
+constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(A));
+
+template <typename A>
+using Vec = Lanes<A, kWidth<A>>;
+
+template <typename To, typename From>
+inline To bit_cast(const From& from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof(to));
+    return to;
+}
+
+template <typename A>
+inline Vec<A> splat(A value) {
+    return Vec<A>{} + value;
+}
+
+// Widening and narrowing between a storage type and float lanes.
+
+template <int kLanes>
+inline Lanes<float, kLanes> bf16_to_float(Lanes<uint16_t, kLanes> v) {
+    return bit_cast<Lanes<float, kLanes>>(__builtin_convertvector(v, Lanes<uint32_t, kLanes>) << 16);
+}
+
+/// Round to nearest even; NaN stays NaN.
+template <int kLanes>
+inline Lanes<uint16_t, kLanes> float_to_bf16(Lanes<float, kLanes> v) {
+    using Bits = Lanes<uint32_t, kLanes>;
+    const Bits bits = bit_cast<Bits>(v);
+    const Bits rounded = (bits + (0x7fffu + ((bits >> 16) & 1u))) >> 16;
+    const Bits quiet_nan = Bits{} + 0x7fc0u;
+    return __builtin_convertvector(v == v ? rounded : quiet_nan, Lanes<uint16_t, kLanes>);
+}
+
+template <int kLanes>
+inline Lanes<float, kLanes> fp16_to_float(Lanes<uint16_t, kLanes> v) {
+#if defined(__AVX512F__)  // the maskz forms: GCC warns about the undefined source of the plain ones
+    if constexpr (kLanes == 16) return bit_cast<Lanes<float, 16>>(_mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(v)));
+#endif
+#if defined(__F16C__)
+    if constexpr (kLanes == 8) return bit_cast<Lanes<float, 8>>(_mm256_cvtph_ps(bit_cast<__m128i>(v)));
+#endif
+    // Shift the exponent and mantissa in place and rebias by a multiplication, which also normalises subnormals.
+    using Bits = Lanes<uint32_t, kLanes>;
+    const Bits half = __builtin_convertvector(v, Bits);
+    const Bits magnitude = (half & 0x7fffu) << 13;
+    const Lanes<float, kLanes> rebiased = bit_cast<Lanes<float, kLanes>>(magnitude) * 0x1p112f;
+    const Bits special = magnitude | 0x7f800000u;
+    const Bits finite = bit_cast<Bits>(rebiased);
+    return bit_cast<Lanes<float, kLanes>>((magnitude >= 0x0f800000u ? special : finite) | ((half & 0x8000u) << 16));
+}
+
+/// Round to nearest even; overflow gives infinity; NaN stays NaN.
+template <int kLanes>
+inline Lanes<uint16_t, kLanes> float_to_fp16(Lanes<float, kLanes> v) {
+#if defined(__AVX512F__)
+    if constexpr (kLanes == 16) {
+        return bit_cast<Lanes<uint16_t, 16>>(
+            _mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+    }
+#endif
+#if defined(__F16C__)
+    if constexpr (kLanes == 8) {
+        return bit_cast<Lanes<uint16_t, 8>>(_mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+    }
+#endif
+    using Bits = Lanes<uint32_t, kLanes>;
+    using Floats = Lanes<float, kLanes>;
+    const Bits bits = bit_cast<Bits>(v);
+    const Bits sign = (bits >> 16) & 0x8000u;
+    const Bits magnitude = bits & 0x7fffffffu;
+    // Normal results: rebias the exponent (the constant is (15 - 127) << 23) and round the 13 dropped bits.
+    const Bits normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
+    // Subnormal results: adding 0.5 leaves the mantissa, already rounded, in the low bits of the sum.
+    const Bits subnormal = bit_cast<Bits>(bit_cast<Floats>(magnitude) + 0.5f) - 0x3f000000u;
+    Bits result = magnitude < 0x38800000u ? subnormal : normal;
+    result = magnitude >= 0x477ff000u ? Bits{} + 0x7c00u : result;
+    result = magnitude > 0x7f800000u ? Bits{} + 0x7e00u : result;
+    return __builtin_convertvector(result | sign, Lanes<uint16_t, kLanes>);
+}
+
+// Loads and stores: any storage type to and from lanes of the arithmetic type.
+
+/// Load `kLanes` stored values and widen (or narrow) them to `A`.
+template <typename A, int kLanes, typename K>
+inline Lanes<A, kLanes> load_lanes(const K* p) {
+    if constexpr (sizeof(K) == 2) {
+        Lanes<uint16_t, kLanes> raw;
+        std::memcpy(&raw, p, sizeof(raw));
+        Lanes<float, kLanes> wide;
+        if constexpr (K::kIsBFloat16) {
+            wide = bf16_to_float<kLanes>(raw);
+        } else {
+            wide = fp16_to_float<kLanes>(raw);
+        }
+        return __builtin_convertvector(wide, Lanes<A, kLanes>);
+    } else {
+        Lanes<K, kLanes> raw;
+        std::memcpy(&raw, p, sizeof(raw));
+        return __builtin_convertvector(raw, Lanes<A, kLanes>);
+    }
+}
+
+template <typename K, typename A, int kLanes>
+inline void store_lanes(K* p, Lanes<A, kLanes> v) {
+    if constexpr (sizeof(K) == 2) {
+        const Lanes<float, kLanes> narrow = __builtin_convertvector(v, Lanes<float, kLanes>);
+        Lanes<uint16_t, kLanes> raw;
+        if constexpr (K::kIsBFloat16) {
+            raw = float_to_bf16<kLanes>(narrow);
+        } else {
+            raw = float_to_fp16<kLanes>(narrow);
+        }
+        std::memcpy(p, &raw, sizeof(raw));
+    } else {
+        const Lanes<K, kLanes> raw = __builtin_convertvector(v, Lanes<K, kLanes>);
+        std::memcpy(p, &raw, sizeof(raw));
+    }
+}
+
+template <typename A, typename K>
+inline Vec<A> load(const K* p) {
+    return load_lanes<A, kWidth<A>>(p);
+}
+
+template <typename K, typename A>
+inline void store(K* p, Vec<A> v) {
+    store_lanes<K, A, kWidth<A>>(p, v);
+}
+
+/// The first `count` < kWidth values, 0 in the other lanes. Nothing beyond them is touched.
+template <typename A, typename K>
+inline Vec<A> load_first(const K* p, int64_t count) {
+    K buffer[kWidth<A>] = {};
+    for (int64_t i = 0; i < count; ++i) buffer[i] = p[i];
+    return load<A>(buffer);
+}
+
+template <typename K, typename A>
+inline void store_first(K* p, Vec<A> v, int64_t count) {
+    K buffer[kWidth<A>];
+    store<K, A>(buffer, v);
+    for (int64_t i = 0; i < count; ++i) p[i] = buffer[i];
+}
+
+// Reductions.
+
+template <typename A, int kLanes>
+inline A sum_lanes(Lanes<A, kLanes> v) {
+    if constexpr (kLanes == 2) {
+        return v[0] + v[1];
+    } else {
+        Lanes<A, kLanes / 2> half[2];
+        std::memcpy(half, &v, sizeof(v));
+        return sum_lanes<A, kLanes / 2>(half[0] + half[1]);
+    }
+}
+
+template <typename A>
+inline A sum(Vec<A> v) {
+    return sum_lanes<A, kWidth<A>>(v);
+}
+
+template <typename A>
+inline A max(Vec<A> v) {
+    A result = v[0];
+    for (int i = 1; i < kWidth<A>; ++i) result = v[i] > result ? v[i] : result;
+    return result;
+}
+
+}  // namespace attbalance::ATTBALANCE_ISA
