@@ -1,0 +1,65 @@
+"""The results file: JSON lines, one row per provider, case and mode. Appended to, never rewritten."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.environment import ROOT
+from benchmarks.timing import Timing
+
+RESULTS = ROOT / "benchmarks" / "results" / "results.jsonl"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One provider in one mode of one case. Times in ms; `timing` is None where the provider was not timed."""
+
+    run: str  # when the run started, UTC; rows of one run were interleaved and may be compared
+    suite: str
+    case: dict[str, Any]
+    provider: str
+    title: str
+    mode: str
+    status: str  # "ok", "failed: ..." (the gate's verdict) or "unavailable: ..."
+    error: float | None  # worst relative error against fp64
+    timing: Timing | None
+    floor: float  # ms: the median of moving `bytes` in the same run
+    bytes: int
+    formula: str
+    kept: int | None  # bytes autograd keeps beyond inputs
+    environment: dict[str, Any]
+
+    @property
+    def group(self) -> str:
+        """Rows with the same group belong in one table: the same case on the same machine and settings."""
+        settings = {name: self.environment[name] for name in ("device", "cpu", "threads", "cache")}
+        return json.dumps([self.suite, self.case, settings], sort_keys=True)
+
+
+def append(rows: Iterable[Row], path: Path = RESULTS) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
+
+
+def load(path: Path = RESULTS) -> list[Row]:
+    """Every row of the file, oldest first; none when there is no file."""
+    if not path.exists():
+        return []
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [Row(**{**row, "timing": row["timing"] and Timing(**row["timing"])}) for row in rows]
+
+
+def latest(rows: Iterable[Row]) -> list[list[Row]]:
+    """The rows of the newest run of every group, in the order they were measured."""
+    newest: dict[str, list[Row]] = {}
+    for row in rows:
+        group = newest.setdefault(row.group, [])
+        if group and group[0].run != row.run:
+            group.clear()
+        group.append(row)
+    return list(newest.values())
