@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +41,10 @@ class AttentionTap:
         attention = tap.attention()
 
     Gradients reach the layer's input and its query and key projections, as if the attention were computed explicitly.
-    The hooks stay on the modules until :meth:`remove`; deep copies and pickles of the model carry inert ones.
+    The hooks stay on the modules until :meth:`remove`. Deep copies and pickles of the model carry inert ones, and a
+    copy of the tap itself counts as removed: tap the copy anew. The layers' ``key_padding_mask`` becomes the
+    recording's ``padding``; an ``attn_mask`` is not read. Tap a model before `torch.compile` sees it for the first
+    time: compiled code does not notice hooks that come later.
     Not valid for hosts with rotary embeddings inside attention: there, build :class:`QueryAttention` from q and k.
 
     Args:
@@ -70,6 +73,7 @@ class AttentionTap:
         if not isinstance(visual, slice):
             raise TypeError(f"visual must be a slice, got {type(visual).__name__}")
         self._query, self._visual = query, visual
+        self._attached = True
         self._recording = False
         self._records: list[_Record | None] = [None] * len(modules)
         self._handles = [
@@ -79,9 +83,18 @@ class AttentionTap:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Record the forward pass that runs inside; what was recorded before and not fetched is dropped."""
-        if not self._handles:
-            raise RuntimeError("this tap was removed from its modules")
+        """Record the forward pass that runs inside; what was recorded before and not fetched is dropped.
+
+        Raises:
+            RuntimeError: the tap was removed or is a copy, or is recording already. Inside, from the model's forward
+                pass: a layer runs twice, or runs in training mode without gradients.
+            ValueError: inside: input that is not batched, ``query`` out of range, or nested input where ``query`` or
+                ``visual`` counts from the end.
+        """
+        if not self._attached:
+            raise RuntimeError("this tap was removed from its modules, or is a copy of one: make a new AttentionTap")
+        if self._recording:
+            raise RuntimeError("this tap is recording already")
         self._records = [None] * len(self._records)
         self._recording = True
         try:
@@ -114,18 +127,31 @@ class AttentionTap:
         """Take the hooks off the modules."""
         for handle in self._handles:
             handle.remove()
+        self._attached = False
         self._handles = []
         self._records = [None] * len(self._records)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state of copies and pickles, which have no hooks on any module."""
+        return self.__dict__ | {
+            "_attached": False,
+            "_recording": False,
+            "_records": [None] * len(self._records),
+            "_handles": [],
+        }
 
     def _observe(
         self, position: int, module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if not (self._recording or torch.is_grad_enabled()):
+        if not self._recording:
+            # With gradients on, compute all the same: recomputation under activation checkpointing must meet the same
+            # graph as the recorded forward pass. What cannot be read is the host's own business.
+            if torch.is_grad_enabled():
+                with suppress(ValueError):
+                    _read(module, self._query, self._visual, args, kwargs)
             return
-        # With gradients on, compute even when not recording: recomputation under activation checkpointing must meet the
-        # same graph as the recorded forward pass.
         record = _read(module, self._query, self._visual, args, kwargs)
-        if not self._recording or _in_backward():
+        if _in_backward():
             return
         if module.training and not torch.is_grad_enabled():
             raise RuntimeError(
@@ -172,7 +198,7 @@ def _read(
     key = args[1] if len(args) > 1 else kwargs["key"]
     mask = args[3] if len(args) > 3 else kwargs.get("key_padding_mask")
     if query.is_nested or key.is_nested:
-        query, key, mask = _unnest(query, key, visual)
+        query, key, mask = _unnest(query, key, index, visual)
     elif query.dim() != 3:
         raise ValueError(f"a tapped layer needs batched input (3-D), got shape {tuple(query.shape)}")
     elif not module.batch_first:
@@ -207,16 +233,20 @@ def _fold_projections(module: nn.MultiheadAttention, x: Tensor) -> Tensor:
         return q @ weight_k.to(dtype)
 
 
-def _unnest(query: Tensor, key: Tensor, visual: slice) -> tuple[Tensor, Tensor, Tensor]:
+def _unnest(query: Tensor, key: Tensor, index: int, visual: slice) -> tuple[Tensor, Tensor, Tensor]:
     """Dense (B, S, D) query and key and the (B, S) padding of nested ones (the encoder's fast path in eval mode).
 
-    A nested batch has forgotten how long its padded form was: ``visual.stop`` restores it where the batch is shorter.
+    A nested batch has forgotten how long its padded form was. Only ``visual.stop`` can restore that, so whatever counts
+    from the end is refused: it would mean other tokens from batch to batch.
     """
-    lengths = torch.tensor([row.shape[0] for row in key.unbind()], device=key.device)
-    longest = max(row.shape[0] for row in key.unbind())
-    if visual.stop is not None and visual.stop >= 0:
-        longest = max(longest, visual.stop)
+    if index < 0 or visual.stop is None or visual.stop < 0 or (visual.start or 0) < 0:
+        raise ValueError(
+            "nested input has forgotten its padded length: give query and both ends of visual counted from the start, "
+            f"got query={index}, visual={visual}; or build nn.TransformerEncoder with enable_nested_tensor=False"
+        )
+    lengths = [row.shape[0] for row in key.unbind()]
+    tokens = max(*lengths, visual.stop)
     dense_query = query.to_padded_tensor(0.0)
-    dense_key = key.to_padded_tensor(0.0, (key.size(0), longest, key.size(2)))
-    padding = torch.arange(longest, device=key.device) >= lengths[:, None]
+    dense_key = key.to_padded_tensor(0.0, (key.size(0), tokens, key.size(2)))
+    padding = torch.arange(tokens, device=key.device) >= torch.tensor(lengths, device=key.device)[:, None]
     return dense_query, dense_key, padding
