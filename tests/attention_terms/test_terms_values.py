@@ -1,0 +1,82 @@
+"""Values and gradients of `attention_terms` against the literal equations, over a pairwise covering set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import BACKENDS
+from helpers_attention import GRIDS, LAYOUTS, assert_solves, literal, make_problem, solve
+from helpers_pairwise import case_id, pairwise
+
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+
+# query by layer, key by layer, teacher
+DTYPES = {
+    "f32": ((F32,), (F32,), F32),
+    "f64": ((F64,), (F64,), F64),
+    "bf16": ((BF16,), (BF16,), BF16),
+    "f16": ((F16,), (F16,), F16),
+    "f32_bf16": ((F32,), (BF16,), BF16),
+    "bf16_f32": ((BF16,), (F32,), F32),
+    "by_layer": ((F32, BF16, F16), (BF16, F32, F32, F16), F32),
+    "f64_f32": ((F64,), (F32,), F32),
+    "f32_f64": ((F32,), (F64,), BF16),
+    "teacher_bf16": ((F32,), (F32,), BF16),
+    "teacher_f64": ((BF16,), (BF16,), F64),
+}
+
+FACTORS: dict[str, list[Any]] = {
+    "dtypes": list(DTYPES),
+    "tokens": list(GRIDS),
+    "batch": [0, 1, 3, 8],
+    "layers": [1, 4, 6],
+    "width": [1, 7, 32, 256],
+    "layout": list(LAYOUTS),
+    "region": ["touch", "center", "coverage", "nearest", "weights", "bool"],
+    "padded": ["dense", "padded"],
+    "teacher": ["alone", "far", "near"],
+    "attention": ["flat", "soft", "sharp"],
+}
+SPREAD = {"flat": 1e-2, "soft": 1.0, "sharp": 8.0}
+DISTANCE = {"alone": None, "far": 1.0, "near": 1e-2}
+
+
+def small_enough(case: dict[str, Any]) -> bool:
+    return case["batch"] * case["layers"] * case["tokens"] * case["width"] <= 3_000_000
+
+
+CASES = pairwise(FACTORS, small_enough)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_against_the_equations(case: dict[str, Any], backend: str) -> None:
+    query, key, teacher = DTYPES[case["dtypes"]]
+    wide = F64 in (*query[: case["layers"]], *key[: case["layers"]])
+    problem = make_problem(
+        layers=case["layers"],
+        batch=case["batch"],
+        tokens=case["tokens"],
+        width=case["width"],
+        query_dtype=query,
+        key_dtype=key,
+        teacher_dtype=None if case["teacher"] == "alone" else teacher,
+        layout=case["layout"],
+        region=case["region"],
+        padded=case["padded"] == "padded",
+        spread=SPREAD[case["attention"]],
+        teacher_distance=DISTANCE[case["teacher"]] or 0,
+    )
+    solution = solve(problem, backend)
+    assert {term.dtype for term in solution.terms[:3]} == {F64 if wide else F32}
+    assert [g.dtype for g in solution.grad_query] == [q.dtype for q in problem.query]
+    assert [g.dtype for g in solution.grad_key] == [k.dtype for k in problem.key]
+    assert_solves(solution, literal(problem))
+
+
+def test_the_cases_cover_what_they_say() -> None:
+    pairs = {(case["dtypes"], case["tokens"]) for case in CASES}
+    assert pairs == {(dtypes, tokens) for dtypes in DTYPES for tokens in GRIDS}
+    assert len(CASES) < 150
