@@ -93,7 +93,9 @@ def _readable(key: Tensor, dtype: torch.dtype) -> Tensor:
     """A key the kernels read in place: last dimension contiguous; float64 exactly when the arithmetic is."""
     if (dtype == torch.float64) != (key.dtype == torch.float64):
         key = key.to(dtype)
-    return key if key.stride(-1) == 1 else key.contiguous()
+    if key.stride(-1) == 1:
+        return key
+    return key.clone(memory_format=torch.contiguous_format)  # contiguous() leaves the strides of an empty tensor
 
 
 def _region(
