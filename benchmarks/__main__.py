@@ -10,6 +10,7 @@ import torch
 import typer
 from rich.console import Console
 
+from benchmarks.allocator import keep_freed_memory
 from benchmarks.plot import plot as draw
 from benchmarks.providers import PROVIDERS
 from benchmarks.results import RESULTS, Row, append, latest, load
@@ -48,6 +49,9 @@ def run(
     provider: Annotated[list[str], typer.Option(help=f"{', '.join(PROVIDERS)}; repeat.")] = list(PROVIDERS),  # noqa: B006
     rounds: Annotated[int, typer.Option(help="Timed calls of each provider and mode.")] = 50,
     warm: Annotated[bool, typer.Option("--warm", help="Keep caches warm between calls (default: cold).")] = False,
+    allocator: Annotated[
+        str, typer.Option(help="'kept': malloc keeps freed memory; 'system': as the C library decides.")
+    ] = "kept",
     output: File = RESULTS,
 ) -> None:
     """Check every provider against fp64, time those that pass, append rows to the results file, print the table."""
@@ -56,6 +60,9 @@ def run(
     _require("--dtype", [dtype], DTYPES)
     _require("--mode", mode, MODES)
     _require("--provider", provider, PROVIDERS)
+    _require("--allocator", [allocator], ["kept", "system"])
+    if allocator == "kept":
+        keep_freed_memory()
     if threads is not None:
         torch.set_num_threads(threads)
     clock = CpuClock(cold=not warm)
@@ -71,6 +78,7 @@ def run(
                 modes=mode,
                 rounds=rounds,
                 clock=clock,
+                allocator=allocator,
                 say=lambda text, size=size: status.update(f"B = {size}: {text}"),  # type: ignore[misc]
             )
         append(rows, output)

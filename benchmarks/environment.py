@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def environment(device: torch.device, cache: str) -> dict[str, Any]:
+def environment(device: torch.device, cache: str, allocator: str) -> dict[str, Any]:
     commit, modified = _commit()
     return {
         "device": device.type,
@@ -21,6 +21,8 @@ def environment(device: torch.device, cache: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cache": cache,
+        "allocator": allocator,
+        "load": round(os.getloadavg()[0], 2),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,

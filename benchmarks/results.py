@@ -36,7 +36,7 @@ class Row:
     @property
     def group(self) -> str:
         """Rows with the same group belong in one table: the same case on the same machine and settings."""
-        settings = {name: self.environment[name] for name in ("device", "cpu", "threads", "cache")}
+        settings = {name: self.environment[name] for name in ("device", "cpu", "threads", "cache", "allocator")}
         return json.dumps([self.suite, self.case, settings], sort_keys=True)
 
 

@@ -33,6 +33,7 @@ def run_case(
     modes: Sequence[str] = MODES,
     rounds: int = 50,
     clock: CpuClock | None = None,
+    allocator: str = "system",
     device: torch.device | None = None,
     say: Callable[[str], object] = lambda text: None,
 ) -> list[Row]:
@@ -76,7 +77,7 @@ def run_case(
     say("timing")
     timings = interleave(contenders, clock, rounds=rounds)
 
-    where = environment(device, clock.cache)
+    where = environment(device, clock.cache, allocator)
 
     def row(name: str, title: str, mode: str, status: str, error: float | None, kept: int | None) -> Row:
         moved, formula = _moved(size, mode)

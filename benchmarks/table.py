@@ -32,8 +32,7 @@ def _table(rows: Sequence[Row]) -> Table:
         title_justify="left",
         title_style="bold",
         box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
+        padding=0,
     )
     table.add_column("ms", no_wrap=True)
     for heading in (*modes, "20-80 %", f"x {BASELINE}", "x floor", "kept MB", "error"):
@@ -59,14 +58,15 @@ def _table(rows: Sequence[Row]) -> Table:
 
 
 def _ms(value: float) -> str:
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}"
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
 def _title(row: Row) -> str:
     case = ", ".join(f"{name}={value}" for name, value in row.case.items())
     where = row.environment
-    machine = f"{where['cpu']}, {where['threads']} thread(s), torch {where['torch']}, {where['cache']} cache"
-    return f"{row.suite}: {case}\n{machine}"
+    machine = f"{where['cpu']}, {where['threads']} thread(s), torch {where['torch']}"
+    state = f"{where['cache']} cache, allocator {where['allocator']}, system load {where['load']}"
+    return f"{row.suite}: {case}\n{machine}\n{state}"
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:

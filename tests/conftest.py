@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 
 import hypothesis
@@ -15,9 +14,8 @@ hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        # The workers are the parallelism; a thread pool in each would only fight over the same cores.
-        torch.set_num_threads(1)
+    # The workers of `-n` are the parallelism; a thread pool in each would only fight over the same cores.
+    torch.set_num_threads(1)
 
 
 def pytest_report_header() -> str:
