@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from .attributes import VALUES
+from .cards import card
 from .dataset import GroundingDataset, Objects, Sample, load_dataset
+from .formats import FORMATS, export
 from .names import SPLITS, BuiltinName, UnknownData
 from .vocabulary import Vocabulary
 
 __all__ = [
+    "FORMATS",
     "SPLITS",
     "VALUES",
     "BuiltinName",
@@ -16,5 +19,7 @@ __all__ = [
     "Sample",
     "UnknownData",
     "Vocabulary",
+    "card",
+    "export",
     "load_dataset",
 ]

@@ -27,9 +27,10 @@ def is_held_out(combination: Combination) -> bool:
     The rule takes at most one combination from each (shape, colour) pair, so every pair of attribute values
     is still seen in training: what is new in the split ``test_novel`` is only how they come together.
     """
-    shape, colour, size, texture = (VALUES[kind].index(value) for kind, value in zip(VALUES, combination))
+    shape, colour, size, texture = (VALUES[kind].index(value) for kind, value in zip(VALUES, combination, strict=True))
     return (shape + colour + 2 * size + 3 * texture) % 7 == 0
 
 
-SEEN: tuple[Combination, ...] = tuple(c for c in product(*VALUES.values()) if not is_held_out(c))
-HELD_OUT: tuple[Combination, ...] = tuple(c for c in product(*VALUES.values()) if is_held_out(c))
+EVERY: tuple[Combination, ...] = tuple(product(SHAPES, COLOURS, SIZES, TEXTURES))
+SEEN = tuple(combination for combination in EVERY if not is_held_out(combination))
+HELD_OUT = tuple(combination for combination in EVERY if is_held_out(combination))

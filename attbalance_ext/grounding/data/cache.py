@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
+import secrets
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +30,7 @@ def load_or_create(path: Path, create: Callable[[], Arrays]) -> Arrays:
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
             _log.warning("%s is damaged (%s): generating it again", path, error or type(error).__name__)
     arrays = create()
-    replace_file(path, lambda file: np.savez(file, **arrays))
+    replace_file(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
     return arrays
 
 
@@ -40,14 +40,19 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     Two processes may do this at once; the last one's file stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             write(file)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file by ``text`` in UTF-8."""
+    replace_file(path, lambda file: file.write(text.encode()))
 
 
 def _read(path: Path) -> Arrays:

@@ -14,7 +14,7 @@ from torch import Tensor
 from .attributes import VALUES
 from .cache import cache_directory, load_or_create
 from .generate import SCENES, Arrays, content_version, gather, generate
-from .names import BuiltinName, check_split
+from .names import BuiltinName, UnknownData, check_split
 
 SIZES = (64, 128)
 """Image sides in pixels."""
@@ -84,7 +84,7 @@ class GroundingDataset:
         """
         if self.split != "train":
             raise ValueError(f"objects: only the split 'train' has them, this is {self.split!r}")
-        labels = dict(zip(VALUES, self._object_labels.unbind(-1)))
+        labels = dict(zip(VALUES, self._object_labels.unbind(-1), strict=True))
         return Objects(self._object_boxes, self._object_labels[..., 0] >= 0, **labels)
 
 
@@ -115,7 +115,7 @@ def load_arrays(
     """The arrays of a split as ``generate.gather`` documents them, from the cache or generated."""
     check_split(split)
     if size not in SIZES:
-        raise ValueError(f"size: images are {' or '.join(map(str, SIZES))} pixels wide, not {size}")
+        raise UnknownData(f"size: images are {' or '.join(map(str, SIZES))} pixels wide, not {size}")
     scenes = SCENES[split]
 
     def create() -> Arrays:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
 from .scene import Scene, SceneObject
@@ -31,8 +32,10 @@ class Trait:
     value: str
     negated: bool = False
 
-    def fits(self, item: SceneObject) -> bool:
-        return (getattr(item, self.kind) == self.value) != self.negated
+    def mask(self, scene: Scene) -> int:
+        """The objects of the scene that have it."""
+        having = scene.having.get((self.kind, self.value), 0)
+        return scene.everything & ~having if self.negated else having
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,9 @@ class Description:
 
     def candidates(self, scene: Scene) -> int:
         """The objects that have the traits, the clause left out."""
-        mask = 0
-        for index, item in enumerate(scene.objects):
-            if all(trait.fits(item) for trait in self.traits):
-                mask |= 1 << index
+        mask = scene.everything
+        for trait in self.traits:
+            mask &= trait.mask(scene)
         return mask
 
     def denotation(self, scene: Scene) -> Denotation:
@@ -156,9 +158,8 @@ class Ordinal(Clause):
         ordered = sorted((-_along(scene.objects[i], axis), i) for i in _members(candidates))
         if len(ordered) <= self.rank:
             return Denotation(0, candidates)
-        places = [place for place, _ in ordered]
-        gaps = [b - a for a, b in zip(places[: self.rank], places[1 : self.rank + 1])]
-        if min(gaps) < 0.06:
+        places = [place for place, _ in ordered[: self.rank + 1]]
+        if min(after - before for before, after in pairwise(places)) < 0.06:
             return Denotation(0, candidates)
         chosen = 1 << ordered[self.rank - 1][1]
         return Denotation(chosen, chosen)
@@ -211,7 +212,7 @@ class Nearest(Clause):
 
 @dataclass(frozen=True)
 class Between(Clause):
-    """ "Between A and B": sure near the inner part of the line from A to B, impossible outside a wide band around it."""
+    """ "Between A and B": sure near the inner part of the line from A to B, impossible outside a wide band of it."""
 
     group = "relation"
     first: Description

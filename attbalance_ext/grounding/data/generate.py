@@ -45,7 +45,8 @@ def scene_and_references(name: BuiltinName, split: str, index: int) -> tuple[Sce
     scene = sample_scene(rng, HARD if name.hard else STANDARD, novel)
     targets = [int(i) for i in rng.permutation(len(scene.objects))]
     if novel:
-        targets = [i for i in targets if is_held_out(scene.objects[i].combination)]
+        # Mostly one object a scene is new: say two things about it.
+        targets = 2 * [i for i in targets if is_held_out(scene.objects[i].combination)]
     return scene, _references(rng, flavour, scene, targets)
 
 
@@ -54,8 +55,11 @@ def _references(rng: np.random.Generator, flavour: Flavour, scene: Scene, target
     for target in targets[:SENTENCES_PER_SCENE]:
         for _ in range(ATTEMPTS):
             description = flavour.describe(rng, scene, target)
-            if description is not None:
-                found.append(Reference(target, description, say(description, flavour.style, rng)))
+            if description is None:
+                continue
+            sentence = say(description, flavour.style, rng)
+            if all(sentence != earlier.sentence for earlier in found):
+                found.append(Reference(target, description, sentence))
                 break
     return found
 
@@ -107,7 +111,7 @@ def _object_arrays(scene: Scene, slots: int) -> tuple[np.ndarray, np.ndarray]:
     for index, item in enumerate(scene.objects):
         x1, y1, x2, y2 = item.box
         boxes[index] = np.array([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1]) / CANVAS
-        labels[index] = [VALUES[kind].index(value) for kind, value in zip(VALUES, item.combination)]
+        labels[index] = [VALUES[kind].index(value) for kind, value in zip(VALUES, item.combination, strict=True)]
     return boxes, labels
 
 

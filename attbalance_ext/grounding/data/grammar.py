@@ -35,18 +35,15 @@ Strategy = Callable[[np.random.Generator, Scene, int], Description | None]
 
 @dataclass(frozen=True)
 class Flavour:
-    """A kind of referring expression: how often each strategy is tried, and how it is put into words."""
+    """A kind of referring expression: how often each strategy is tried (summing to 1), and how it is put into words."""
 
     strategies: tuple[tuple[float, Strategy], ...]
     style: Style
 
     def describe(self, rng: np.random.Generator, scene: Scene, target: int) -> Description | None:
         """One attempt at a description whose only referent is ``target``."""
-        pick = rng.random() * sum(weight for weight, _ in self.strategies)
-        for weight, strategy in self.strategies:
-            pick -= weight
-            if pick < 0:
-                break
+        shares = np.cumsum([weight for weight, _ in self.strategies])
+        _, strategy = self.strategies[int(np.searchsorted(shares, rng.random(), side="right"))]
         description = strategy(rng, scene, target)
         return description if description is not None and description.referent(scene) == target else None
 
@@ -81,13 +78,14 @@ def by_relation(rng: np.random.Generator, scene: Scene, target: int) -> Descript
     traits = _some_traits(rng, scene, target)
     anchors = [_distinguish(rng, scene, i, ()) for i in _others(rng, scene, target)]
     known = [anchor for anchor in anchors if anchor is not None]
-    kind = _choose(rng, (Beside, Beside, Beside, Between, Nearest))
+    kind = _choose(rng, (Beside, Beside, Beside, Beside, Between, Between, Between, Nearest))
+    far = rng.random() < 0.3
     relations: list[Clause] = []
     for index, anchor in enumerate(known):
         if kind is Beside:
             relations += [Beside(direction, anchor) for direction in DIRECTIONS]
         elif kind is Nearest:
-            relations += [Nearest(anchor), Nearest(anchor, far=True)]
+            relations.append(Nearest(anchor, far))
         else:
             relations += [Between(anchor, other) for other in known[:index]]
     return _first_fitting(rng, scene, target, traits, relations)

@@ -49,7 +49,12 @@ def coverage(item: SceneObject, size: int) -> tuple[tuple[int, int], np.ndarray,
         stripes = ImageChops.multiply(shape, _draw_stripes(extent, center, item.stripe_angle, item.stripe_width))
     else:
         stripes = Image.new("L", extent)
-    return (left, top), *(np.asarray(m.reduce(unit), dtype=np.int32) for m in (shape, stripes))
+    return (left, top), _reduce(shape, unit), _reduce(stripes, unit)
+
+
+def _reduce(mask: Image.Image, unit: int) -> np.ndarray:
+    """Means of ``unit`` x ``unit`` blocks."""
+    return np.asarray(mask.reduce(unit), dtype=np.int32)
 
 
 def _draw_stripes(extent: tuple[int, int], center: tuple[float, float], angle: int, width: int) -> Image.Image:
@@ -72,7 +77,7 @@ def _draw_stripes(extent: tuple[int, int], center: tuple[float, float], angle: i
 
 
 def _draw_backdrop(backdrop: Backdrop, size: int) -> np.ndarray:
-    """The (size, size, 3) int32 surface with its lines, one unit thicker than a 128th of the side."""
+    """The (size, size, 3) int32 surface with its lines, half a pixel to a pixel wide."""
     surface = Image.fromarray(backdrop.grid).resize((2 * size, 2 * size), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(surface)
     scale = 2 * size / CANVAS

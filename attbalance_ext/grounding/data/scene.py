@@ -44,7 +44,7 @@ class SceneObject:
 
     @cached_property
     def box(self) -> tuple[int, int, int, int]:
-        xs, ys = zip(*self.outline)
+        xs, ys = zip(*self.outline, strict=True)
         return min(xs), min(ys), max(xs) + 1, max(ys) + 1
 
     @cached_property
@@ -68,6 +68,20 @@ class Scene:
     objects: tuple[SceneObject, ...]
     backdrop: Backdrop
 
+    @cached_property
+    def everything(self) -> int:
+        """Bit mask of all objects."""
+        return (1 << len(self.objects)) - 1
+
+    @cached_property
+    def having(self) -> dict[tuple[str, str], int]:
+        """(attribute, value) -> bit mask of the objects with it."""
+        masks: dict[tuple[str, str], int] = {}
+        for index, item in enumerate(self.objects):
+            for pair in zip(VALUES, item.combination, strict=True):
+                masks[pair] = masks.get(pair, 0) | 1 << index
+        return masks
+
 
 @dataclass(frozen=True)
 class SceneRules:
@@ -88,7 +102,7 @@ def sample_scene(rng: np.random.Generator, rules: SceneRules, novel: bool = Fals
         combinations = _sample_combinations(rng, rules, novel)
         outlines = _place(rng, [_sample_outline(rng, c, rules.scale) for c in combinations])
         if outlines is not None:
-            objects = tuple(_paint(rng, c, outline) for c, outline in zip(combinations, outlines))
+            objects = tuple(_paint(rng, c, outline) for c, outline in zip(combinations, outlines, strict=True))
             return Scene(objects, _sample_backdrop(rng))
 
 

@@ -47,7 +47,7 @@ class Vocabulary:
         rows = [[self._numbers.get(word, UNKNOWN) for word in tokenize(s)][:max_length] for s in sentences]
         length = max_length or max([1, *map(len, rows)])
         ids = torch.full((len(rows), length), PAD, dtype=torch.int64)
-        for row, numbers in zip(ids, rows):
+        for row, numbers in zip(ids, rows, strict=True):
             row[: len(numbers)] = torch.tensor(numbers, dtype=torch.int64)
         return ids, ids == PAD
 
