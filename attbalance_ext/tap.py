@@ -60,6 +60,8 @@ class AttentionTap:
     def __init__(
         self, modules: Sequence[nn.MultiheadAttention], *, query: int = 0, visual: slice = slice(None)
     ) -> None:
+        if isinstance(modules, nn.MultiheadAttention):
+            raise TypeError("modules must be a sequence of nn.MultiheadAttention, got MultiheadAttention")
         modules = list(modules)
         if not modules:
             raise ValueError("modules is empty: give the nn.MultiheadAttention layers to supervise")
