@@ -2,14 +2,14 @@
 //
 // A file that includes this header is compiled once for each instruction set, with ATTBALANCE_ISA naming the
 // namespace its code lives in. Everything here is inside that namespace and nothing comes from the standard
-// library: a shared inline function would be emitted by several of those files, and the linker would keep one of
-// them, possibly one that the processor at hand cannot run.
+// library: a shared inline function would be emitted by several of those files, and the linker would keep one
+// of them, possibly one that the processor at hand cannot run.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__) || defined(__F16C__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -74,19 +74,22 @@ inline Lanes<uint16_t, kLanes> float_to_bf16(Lanes<float, kLanes> v) {
 template <int kLanes>
 inline Lanes<float, kLanes> fp16_to_float(Lanes<uint16_t, kLanes> v) {
 #if defined(__AVX512F__)  // the maskz forms: GCC warns about the undefined source of the plain ones
-    if constexpr (kLanes == 16) return bit_cast<Lanes<float, 16>>(_mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(v)));
+    if constexpr (kLanes == 16)
+        return bit_cast<Lanes<float, 16>>(_mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(v)));
 #endif
 #if defined(__F16C__)
     if constexpr (kLanes == 8) return bit_cast<Lanes<float, 8>>(_mm256_cvtph_ps(bit_cast<__m128i>(v)));
 #endif
-    // Shift the exponent and mantissa in place and rebias by a multiplication, which also normalises subnormals.
+    // Shift the exponent and mantissa in place and rebias by a multiplication, which also normalises
+    // subnormals.
     using Bits = Lanes<uint32_t, kLanes>;
     const Bits half = __builtin_convertvector(v, Bits);
     const Bits magnitude = (half & 0x7fffu) << 13;
     const Lanes<float, kLanes> rebiased = bit_cast<Lanes<float, kLanes>>(magnitude) * 0x1p112f;
     const Bits special = magnitude | 0x7f800000u;
     const Bits finite = bit_cast<Bits>(rebiased);
-    return bit_cast<Lanes<float, kLanes>>((magnitude >= 0x0f800000u ? special : finite) | ((half & 0x8000u) << 16));
+    return bit_cast<Lanes<float, kLanes>>((magnitude >= 0x0f800000u ? special : finite) |
+                                          ((half & 0x8000u) << 16));
 }
 
 /// Round to nearest even; overflow gives infinity; NaN stays NaN.
@@ -118,53 +121,75 @@ inline Lanes<uint16_t, kLanes> float_to_fp16(Lanes<float, kLanes> v) {
     return __builtin_convertvector(result | sign, Lanes<uint16_t, kLanes>);
 }
 
-// Loads and stores: any storage type to and from lanes of the arithmetic type.
+// Loads and stores, between a storage type `K` and vectors of the arithmetic type `A`.
 
-/// Load `kLanes` stored values and widen (or narrow) them to `A`.
-template <typename A, int kLanes, typename K>
-inline Lanes<A, kLanes> load_lanes(const K* p) {
-    if constexpr (sizeof(K) == 2) {
-        Lanes<uint16_t, kLanes> raw;
-        std::memcpy(&raw, p, sizeof(raw));
-        Lanes<float, kLanes> wide;
-        if constexpr (K::kIsBFloat16) {
-            wide = bf16_to_float<kLanes>(raw);
-        } else {
-            wide = fp16_to_float<kLanes>(raw);
-        }
-        return __builtin_convertvector(wide, Lanes<A, kLanes>);
-    } else {
-        Lanes<K, kLanes> raw;
-        std::memcpy(&raw, p, sizeof(raw));
-        return __builtin_convertvector(raw, Lanes<A, kLanes>);
-    }
-}
-
-template <typename K, typename A, int kLanes>
-inline void store_lanes(K* p, Lanes<A, kLanes> v) {
-    if constexpr (sizeof(K) == 2) {
-        const Lanes<float, kLanes> narrow = __builtin_convertvector(v, Lanes<float, kLanes>);
-        Lanes<uint16_t, kLanes> raw;
-        if constexpr (K::kIsBFloat16) {
-            raw = float_to_bf16<kLanes>(narrow);
-        } else {
-            raw = float_to_fp16<kLanes>(narrow);
-        }
-        std::memcpy(p, &raw, sizeof(raw));
-    } else {
-        const Lanes<K, kLanes> raw = __builtin_convertvector(v, Lanes<K, kLanes>);
-        std::memcpy(p, &raw, sizeof(raw));
-    }
-}
-
+/// A vector widened from `K`, which is `A` itself, or 16 bits for `A` = float.
 template <typename A, typename K>
 inline Vec<A> load(const K* p) {
-    return load_lanes<A, kWidth<A>>(p);
+    if constexpr (sizeof(K) == 2) {
+        static_assert(sizeof(A) == sizeof(float));
+        Lanes<uint16_t, kWidth<A>> raw;
+        std::memcpy(&raw, p, sizeof(raw));
+        if constexpr (K::kIsBFloat16) {
+            return bf16_to_float<kWidth<A>>(raw);
+        } else {
+            return fp16_to_float<kWidth<A>>(raw);
+        }
+    } else {
+        static_assert(sizeof(A) == sizeof(K));
+        Vec<A> v;
+        std::memcpy(&v, p, sizeof(v));
+        return v;
+    }
+}
+
+/// A vector as it is stored: rounded to `K`, which is `A` itself, or 16 bits for `A` = float.
+template <typename K, typename A>
+inline auto narrowed(Vec<A> v) {
+    if constexpr (sizeof(K) == 2) {
+        static_assert(sizeof(A) == sizeof(float));
+        if constexpr (K::kIsBFloat16) {
+            return float_to_bf16<kWidth<A>>(v);
+        } else {
+            return float_to_fp16<kWidth<A>>(v);
+        }
+    } else {
+        static_assert(sizeof(A) == sizeof(K));
+        return v;
+    }
 }
 
 template <typename K, typename A>
 inline void store(K* p, Vec<A> v) {
-    store_lanes<K, A, kWidth<A>>(p, v);
+    const auto raw = narrowed<K, A>(v);
+    std::memcpy(p, &raw, sizeof(raw));
+}
+
+/// As `store`, past the caches where the processor can. `p` is aligned to what is stored; `end_of_stream`
+/// must follow.
+template <typename K, typename A>
+inline void stream(K* p, Vec<A> v) {
+    const auto raw = narrowed<K, A>(v);
+#if defined(__AVX512F__)
+    if constexpr (sizeof(raw) == 64)
+        return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bit_cast<__m512i>(raw));
+#endif
+#if defined(__AVX__)
+    if constexpr (sizeof(raw) == 32)
+        return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bit_cast<__m256i>(raw));
+#endif
+#if defined(__SSE2__)
+    if constexpr (sizeof(raw) == 16)
+        return _mm_stream_si128(reinterpret_cast<__m128i*>(p), bit_cast<__m128i>(raw));
+#endif
+    std::memcpy(p, &raw, sizeof(raw));
+}
+
+/// Make streamed stores visible in order with what follows.
+inline void end_of_stream() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
 }
 
 /// The first `count` < kWidth values, 0 in the other lanes. Nothing beyond them is touched.

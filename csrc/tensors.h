@@ -50,8 +50,9 @@ inline Tensor empty_strided(std::initializer_list<int64_t> sizes, std::initializ
                             ScalarType dtype) {
     const int32_t shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
     AtenTensorHandle handle = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(),
-                                                    shim_dtype, aoti_torch_device_type_cpu(), 0, &handle));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
+                                                    strides.begin(), shim_dtype, aoti_torch_device_type_cpu(),
+                                                    0, &handle));
     return Tensor(handle);
 }
 
@@ -62,7 +63,8 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
         case 1: return empty_strided(sizes, {1}, dtype);
         case 2: return empty_strided(sizes, {size[1], 1}, dtype);
         case 3: return empty_strided(sizes, {size[1] * size[2], size[2], 1}, dtype);
-        case 4: return empty_strided(sizes, {size[1] * size[2] * size[3], size[2] * size[3], size[3], 1}, dtype);
+        case 4:
+            return empty_strided(sizes, {size[1] * size[2] * size[3], size[2] * size[3], size[3], 1}, dtype);
     }
     STD_TORCH_CHECK(false, "attbalance_ext: at most 4 dimensions");
 }
@@ -77,9 +79,10 @@ T* data(const Tensor& tensor) {
     }
 }
 
-/// Raise unless `tensor` is a contiguous CPU tensor of this type and these sizes. The Python layer checks what users
-/// pass; this guards the operators themselves, which anyone may call.
-inline void check(const Tensor& tensor, const char* name, ScalarType dtype, std::initializer_list<int64_t> sizes) {
+/// Raise unless `tensor` is a contiguous CPU tensor of this type and these sizes. The Python layer checks
+/// what users pass; this guards the operators themselves, which anyone may call.
+inline void check(const Tensor& tensor, const char* name, ScalarType dtype,
+                  std::initializer_list<int64_t> sizes) {
     STD_TORCH_CHECK(tensor.is_cpu(), "attbalance_ext: ", name, " must be on the CPU");
     STD_TORCH_CHECK(tensor.scalar_type() == dtype, "attbalance_ext: ", name, " has the wrong dtype");
     STD_TORCH_CHECK(tensor.dim() == static_cast<int64_t>(sizes.size()), "attbalance_ext: ", name,

@@ -16,7 +16,8 @@ struct ExpConstants<float> {
     static constexpr float kLog2e = 1.44269504088896341f;
     static constexpr float kLn2High = 0.693359375f;  // few bits: n * kLn2High is exact
     static constexpr float kLn2Low = -2.12194440e-4f;
-    static constexpr float kRound = 0x1.8p23f;  // adding it rounds to an integer, kept in the low mantissa bits
+    static constexpr float kRound =
+        0x1.8p23f;  // adding it rounds to an integer, kept in the low mantissa bits
     static constexpr int kMantissa = 23;
     static constexpr int kBias = 127;
     static constexpr int kExpDegree = 7;        // of the Taylor polynomial on |r| <= ln(2) / 2

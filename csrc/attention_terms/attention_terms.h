@@ -1,10 +1,11 @@
-// What the implementations of `attention_terms` share: the layout of what the forward pass keeps for the backward pass.
+// What the implementations of `attention_terms` share: the layout of what the forward pass keeps for the
+// backward pass.
 #pragma once
 
 namespace attbalance {
 
-/// Columns of `stats` (L, B, 4). The scores are kept as log p and log t, so lse and the teacher's lse need no column
-/// for the backward pass; they are there for whoever wants the scores back.
+/// Columns of `stats` (L, B, 4). The scores are kept as log p and log t, so lse and the teacher's lse need no
+/// column for the backward pass; they are there for whoever wants the scores back.
 enum Stat : int {
     kLogSumExp = 0,         // lse: s_j = log p_j + lse
     kLogInBox = 1,          // log A_in = lse_in - lse; -inf where the region is empty

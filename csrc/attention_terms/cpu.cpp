@@ -1,7 +1,8 @@
-// `attention_terms` and `attention_terms_backward` on the CPU: checks, allocation and parallelism around rows.h.
+// `attention_terms` and `attention_terms_backward` on the CPU: checks, allocation and parallelism around
+// rows.h.
 //
-// How the work is cut depends on the shapes alone, never on the number of threads, so that the results have the same
-// bits for any number of them.
+// How the work is cut depends on the shapes alone, never on the number of threads, so that the results have
+// the same bits for any number of them.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "../cpu_features.h"
+#include "../huge_pages.h"
 #include "../tensors.h"
 #include "attention_terms.h"
 #include "region.h"
@@ -57,7 +59,8 @@ void rasterise(const float* box, const Ints& grids, Rule rule, A* weights) {
         const Interval rows = box_interval(box[1], box[3], height);
         const Interval columns = box_interval(box[0], box[2], width);
         for (int64_t x = 0; x < width; ++x) weights[x] = static_cast<A>(cell_weight(columns, x, rule));
-        for (int64_t y = height - 1; y >= 0; --y) {  // the first row holds the columns' weights until its turn
+        for (int64_t y = height - 1; y >= 0;
+             --y) {  // the first row holds the columns' weights until its turn
             const float row = cell_weight(rows, y, rule);
             for (int64_t x = 0; x < width; ++x) {
                 weights[y * width + x] = static_cast<A>(row * static_cast<float>(weights[x]));
@@ -68,8 +71,8 @@ void rasterise(const float* box, const Ints& grids, Rule rule, A* weights) {
 }
 
 template <typename A>
-Weights<A> region_weights(const Tensor& region, const Ints& grids, Rule rule, const bool* padding, int64_t batch,
-                          int64_t tokens) {
+Weights<A> region_weights(const Tensor& region, const Ints& grids, Rule rule, const bool* padding,
+                          int64_t batch, int64_t tokens) {
     Weights<A> weights;
     weights.values.resize(batch * tokens);
     weights.states.resize(batch);
@@ -146,10 +149,13 @@ struct Layers {
             }
             STD_TORCH_CHECK(k.size(0) == batch && k.size(1) == tokens && k.size(2) == dim,
                             "attbalance_ext: all layers must have the same shape");
-            STD_TORCH_CHECK(k.stride(2) == 1 || dim <= 1, "attbalance_ext: the last dimension of key must be contiguous");
+            STD_TORCH_CHECK(k.stride(2) == 1 || dim <= 1,
+                            "attbalance_ext: the last dimension of key must be contiguous");
+            STD_TORCH_CHECK(in_double(dtype_of(k)) == (sizeof(A) == sizeof(double)),
+                            "attbalance_ext: key is float64 exactly when query is");
             check(query[l], "query", kScalarType<A>, {batch, dim});
-            layers.push_back({data<const A>(query[l]), data<const char>(k), k.stride(0), k.stride(1), dtype_of(k),
-                              static_cast<A>(scale[l])});
+            layers.push_back({data<const A>(query[l]), data<const char>(k), k.stride(0), k.stride(1),
+                              dtype_of(k), static_cast<A>(scale[l])});
         }
     }
 
@@ -175,17 +181,18 @@ int64_t chunks_per_row(int64_t rows, int64_t tokens) {
 using ForwardOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <typename A>
-ForwardOutputs forward(const Tensors& query, const Tensors& key, const std::vector<double>& scale, const Tensor& region,
-                       const Ints& grids, int64_t rule, const OptionalTensor& padding, const Tensors& teacher_query,
-                       const Tensors& teacher_key, const std::vector<double>& teacher_scale, bool need_key_means) {
+ForwardOutputs forward(const Tensors& query, const Tensors& key, const std::vector<double>& scale,
+                       const Tensor& region, const Ints& grids, int64_t rule, const OptionalTensor& padding,
+                       const Tensors& teacher_query, const Tensors& teacher_key,
+                       const std::vector<double>& teacher_scale, bool need_key_means) {
     const Layers<A> student(query, key, scale);
     const Layers<A> teacher(teacher_query, teacher_key, teacher_scale);
     const bool with_teacher = !teacher.layers.empty();
     const int64_t layers = static_cast<int64_t>(student.layers.size());
     const int64_t batch = student.batch, tokens = student.tokens, dim = student.dim;
     STD_TORCH_CHECK(tokens > 0, "attbalance_ext: key has no tokens");
-    STD_TORCH_CHECK(!with_teacher || (teacher.layers.size() == student.layers.size() && teacher.batch == batch &&
-                                      teacher.tokens == tokens),
+    STD_TORCH_CHECK(!with_teacher || (teacher.layers.size() == student.layers.size() &&
+                                      teacher.batch == batch && teacher.tokens == tokens),
                     "attbalance_ext: the teacher must have the student's layers, batch and tokens");
     check_region(region, grids, rule, batch, tokens, kScalarType<A>);
     const bool* padded = check_padding(padding, batch, tokens);
@@ -196,7 +203,8 @@ ForwardOutputs forward(const Tensors& query, const Tensors& key, const std::vect
     const Tensor scores = empty({layers, batch, tokens}, kType);
     const Tensor teacher_scores = with_teacher ? empty({layers, batch, tokens}, kType) : empty({0}, kType);
     const Tensor stats = empty({layers, batch, kStats}, kType);
-    const Tensor key_means = need_key_means ? empty({layers, batch, kKeyMeans, dim}, kType) : empty({0}, kType);
+    const Tensor key_means =
+        need_key_means ? empty({layers, batch, kKeyMeans, dim}, kType) : empty({0}, kType);
 
     const Weights<A> weights =
         region_weights<A>(region, grids, static_cast<Rule>(rule), padded, batch, tokens);
@@ -224,8 +232,8 @@ ForwardOutputs forward(const Tensors& query, const Tensors& key, const std::vect
             chunk.teacher_poison = kernels.scores[static_cast<int>(teacher.layers[l].dtype)](
                 teacher.attention(l, b, padded), begin, end, teacher_row);
         }
-        kernels.forward[static_cast<int>(student.layers[l].dtype)](student.attention(l, b, padded), begin, end,
-                                                                   weights.row(b, tokens), teacher_row,
+        kernels.forward[static_cast<int>(student.layers[l].dtype)](student.attention(l, b, padded), begin,
+                                                                   end, weights.row(b, tokens), teacher_row,
                                                                    data<A>(scores) + row * tokens, &chunk);
     };
     const auto finish_row = [&](int64_t row) {
@@ -256,9 +264,10 @@ ForwardOutputs forward(const Tensors& query, const Tensors& key, const std::vect
 }
 
 ForwardOutputs attention_terms(const Tensors& query, const Tensors& key, const std::vector<double>& scale,
-                               const Tensor& region, const Ints& grids, int64_t rule, const OptionalTensor& padding,
-                               const Tensors& teacher_query, const Tensors& teacher_key,
-                               const std::vector<double>& teacher_scale, bool need_key_means) {
+                               const Tensor& region, const Ints& grids, int64_t rule,
+                               const OptionalTensor& padding, const Tensors& teacher_query,
+                               const Tensors& teacher_key, const std::vector<double>& teacher_scale,
+                               bool need_key_means) {
     STD_TORCH_CHECK(!query.empty(), "attbalance_ext: attention_terms needs at least one layer");
     const auto run = query[0].scalar_type() == ScalarType::Double ? forward<double> : forward<float>;
     return run(query, key, scale, region, grids, rule, padding, teacher_query, teacher_key, teacher_scale,
@@ -266,6 +275,9 @@ ForwardOutputs attention_terms(const Tensors& query, const Tensors& key, const s
 }
 
 using BackwardOutputs = std::tuple<Tensors, Tensors>;
+
+/// Gradients of more bytes than this are not expected to be in a cache when the next operator reads them.
+constexpr int64_t kCachedBytes = 32 << 20;
 
 /// Where one layer's dK goes. Its rows of D values are consecutive: batch-first or sequence-first.
 struct KeyGradient {
@@ -286,7 +298,8 @@ BackwardOutputs backward(const Tensor& grad_in_box, const Tensor& grad_rac, cons
     const int64_t layers = static_cast<int64_t>(query.size());
     STD_TORCH_CHECK(scores.dim() == 3, "attbalance_ext: scores must be (L, B, N)");
     const int64_t batch = scores.size(1), tokens = scores.size(2), dim = query[0].size(1);
-    for (const size_t entries : {scale.size(), key_dtype.size(), sequence_first.size(), need_query.size(), need_key.size()}) {
+    for (const size_t entries :
+         {scale.size(), key_dtype.size(), sequence_first.size(), need_query.size(), need_key.size()}) {
         STD_TORCH_CHECK(entries == query.size(), "attbalance_ext: every list must have one entry per layer");
     }
     for (const Tensor& q : query) check(q, "query", kType, {batch, dim});
@@ -312,13 +325,18 @@ BackwardOutputs backward(const Tensor& grad_in_box, const Tensor& grad_rac, cons
             query_out[l] = data<A>(grad_query.back());
         }
         if (!need_key[l]) continue;
-        STD_TORCH_CHECK(key_dtype[l] >= 0 && key_dtype[l] < kDtypes, "attbalance_ext: unknown dtype code ", key_dtype[l]);
+        STD_TORCH_CHECK(key_dtype[l] >= 0 && key_dtype[l] < kDtypes, "attbalance_ext: unknown dtype code ",
+                        key_dtype[l]);
         const Dtype dtype = static_cast<Dtype>(key_dtype[l]);
+        STD_TORCH_CHECK(in_double(dtype) == (sizeof(A) == sizeof(double)),
+                        "attbalance_ext: key is float64 exactly when query is");
         if (sequence_first[l]) {
-            grad_key.push_back(empty_strided({batch, tokens, dim}, {dim, batch * dim, 1}, scalar_type(dtype)));
+            grad_key.push_back(
+                empty_strided({batch, tokens, dim}, {dim, batch * dim, 1}, scalar_type(dtype)));
         } else {
             grad_key.push_back(empty({batch, tokens, dim}, scalar_type(dtype)));
         }
+        advise_huge_pages(grad_key.back(), batch * tokens * dim * element_bytes(dtype));
         key_gradients.push_back({l, dtype, sequence_first[l], data<char>(grad_key.back())});
     }
 
@@ -348,41 +366,48 @@ BackwardOutputs backward(const Tensor& grad_in_box, const Tensor& grad_rac, cons
         }
     });
 
-    // dK in one stream, in the order of its storage.
+    // dK in one stream, in the order of its storage. What could not stay in the caches anyway is written past
+    // them; less than that is left there for the next operator.
+    int64_t bytes = 0;
+    for (const KeyGradient& target : key_gradients)
+        bytes += batch * tokens * dim * element_bytes(target.dtype);
+    const bool past_caches = bytes > kCachedBytes;
     constexpr int64_t kRowsPerPiece = 64;
     const int64_t pieces = (batch * tokens + kRowsPerPiece - 1) / kRowsPerPiece;
-    torch::stable::parallel_for(0, static_cast<int64_t>(key_gradients.size()) * pieces, 1, [&](int64_t first, int64_t last) {
-        for (int64_t piece = first; piece < last; ++piece) {
-            const KeyGradient& target = key_gradients[piece / pieces];
-            const A* const q = data<const A>(query[target.layer]);
-            const A* const c = data<const A>(coefficients) + target.layer * batch * tokens;
-            const auto outer = kernels.outer[static_cast<int>(target.dtype)];
-            const int64_t row_bytes = dim * element_bytes(target.dtype);
-            const int64_t stop = std::min((piece % pieces + 1) * kRowsPerPiece, batch * tokens);
-            for (int64_t row = piece % pieces * kRowsPerPiece; row < stop;) {
-                // A run of rows that share a sample (batch-first) or a token (sequence-first).
-                const int64_t run = target.sequence_first ? batch : tokens;
-                const int64_t position = row % run;
-                const int64_t count = std::min(run - position, stop - row);
-                char* const out = target.out + row * row_bytes;
-                if (target.sequence_first) {
-                    outer(c + position * tokens + row / run, tokens, q + position * dim, dim, count, dim, out);
-                } else {
-                    outer(c + row, 1, q + row / run * dim, 0, count, dim, out);
+    torch::stable::parallel_for(
+        0, static_cast<int64_t>(key_gradients.size()) * pieces, 1, [&](int64_t first, int64_t last) {
+            for (int64_t piece = first; piece < last; ++piece) {
+                const KeyGradient& target = key_gradients[piece / pieces];
+                const A* const q = data<const A>(query[target.layer]);
+                const A* const c = data<const A>(coefficients) + target.layer * batch * tokens;
+                const auto outer = kernels.outer[static_cast<int>(target.dtype)];
+                const int64_t row_bytes = dim * element_bytes(target.dtype);
+                const int64_t stop = std::min((piece % pieces + 1) * kRowsPerPiece, batch * tokens);
+                for (int64_t row = piece % pieces * kRowsPerPiece; row < stop;) {
+                    // A run of rows that share a sample (batch-first) or a token (sequence-first).
+                    const int64_t run = target.sequence_first ? batch : tokens;
+                    const int64_t position = row % run;
+                    const int64_t count = std::min(run - position, stop - row);
+                    char* const out = target.out + row * row_bytes;
+                    if (target.sequence_first) {
+                        outer(c + position * tokens + row / run, tokens, q + position * dim, dim, count, dim,
+                              past_caches, out);
+                    } else {
+                        outer(c + row, 1, q + row / run * dim, 0, count, dim, past_caches, out);
+                    }
+                    row += count;
                 }
-                row += count;
             }
-        }
-    });
+        });
     return {grad_query, grad_key};
 }
 
-BackwardOutputs attention_terms_backward(const Tensor& grad_in_box, const Tensor& grad_rac, const Tensor& grad_mrc,
-                                         const Tensors& query, const std::vector<double>& scale, const Tensor& region,
-                                         const Ints& grids, int64_t rule, const OptionalTensor& padding,
-                                         const Tensor& in_box, const Tensor& scores, const Tensor& teacher_scores,
-                                         const Tensor& stats, const Tensor& key_means, const Ints& key_dtype,
-                                         const Flags& sequence_first, const Flags& need_query, const Flags& need_key) {
+BackwardOutputs attention_terms_backward(
+    const Tensor& grad_in_box, const Tensor& grad_rac, const Tensor& grad_mrc, const Tensors& query,
+    const std::vector<double>& scale, const Tensor& region, const Ints& grids, int64_t rule,
+    const OptionalTensor& padding, const Tensor& in_box, const Tensor& scores, const Tensor& teacher_scores,
+    const Tensor& stats, const Tensor& key_means, const Ints& key_dtype, const Flags& sequence_first,
+    const Flags& need_query, const Flags& need_key) {
     STD_TORCH_CHECK(!query.empty(), "attbalance_ext: attention_terms_backward needs at least one layer");
     const auto run = query[0].scalar_type() == ScalarType::Double ? backward<double> : backward<float>;
     return run(grad_in_box, grad_rac, grad_mrc, query, scale, region, grids, rule, padding, in_box, scores,

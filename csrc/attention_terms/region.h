@@ -1,5 +1,5 @@
-// A box on one axis of a token grid. No torch header and no contraction to FMA: the weights have the bits of the
-// Python reference, whose order of operations this follows.
+// A box on one axis of a token grid. No torch header and no contraction to FMA: the weights have the bits of
+// the Python reference, whose order of operations this follows.
 #pragma once
 
 #include <cstdint>

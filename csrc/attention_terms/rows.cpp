@@ -11,9 +11,11 @@
 namespace attbalance::ATTBALANCE_ISA {
 namespace {
 
-/// Tokens are handled in blocks that fit in the L1 cache, so that the weighted sum of the keys finds them there.
+/// Tokens are handled in blocks that fit in the L1 cache, so that the weighted sum of the keys finds them
+/// there.
 constexpr int64_t kBlockBytes = 16 * 1024;
 constexpr int kMaxBlock = 64;
+constexpr int64_t kCacheLine = 64;
 
 /// Padding of per-block arrays, so that they can be walked in whole vectors.
 constexpr int kBlockCapacity = kMaxBlock + 16;
@@ -51,6 +53,15 @@ void collect(const Attention<A>& attention, int64_t begin, int64_t end, Block<K>
     }
 }
 
+/// Bring `bytes` from `offset` bytes past `p` towards the core, into the L2 cache: the L1 cache holds the
+/// block at work. Harmless beyond the end of the keys.
+inline void prefetch(const void* p, int64_t offset, int64_t bytes) {
+    const uintptr_t first = reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(offset);
+    for (int64_t i = 0; i < bytes; i += kCacheLine) {
+        __builtin_prefetch(reinterpret_cast<const void*>(first + static_cast<uintptr_t>(i)), 0, 2);
+    }
+}
+
 /// out[i] = scale * query . key[i] for kTokens keys at once, which share the loads of the query.
 template <typename A, typename K, int kTokens>
 inline void dot(const A* query, A scale, const K* const* key, int64_t dim, A* out) {
@@ -70,8 +81,14 @@ inline void dot(const A* query, A scale, const K* const* key, int64_t dim, A* ou
 
 template <typename A, typename K>
 void dots(const Attention<A>& attention, const Block<K>& block, A* out) {
+    // The next block is on its way while this one is worked on: the processor's own prefetchers stop at page
+    // ends, and rest while the weighted sums run from the cache.
+    const int64_t next =
+        block_tokens<K>(attention.dim) * attention.key_stride * static_cast<int64_t>(sizeof(K));
+    const int64_t bytes = attention.dim * static_cast<int64_t>(sizeof(K));
     int i = 0;
     for (; i + 4 <= block.count; i += 4) {
+        for (int t = 0; t < 4; ++t) prefetch(block.key[i + t], next, bytes);
         dot<A, K, 4>(attention.query, attention.scale, block.key + i, attention.dim, out + i);
     }
     for (; i < block.count; ++i) {
@@ -144,7 +161,8 @@ void absorb(Members<A, K>* members, int64_t dim, OnlineSum<A>* online) {
     }
     online->sum = online->sum * static_cast<double>(correction) + static_cast<double>(sum<A>(total));
     online->max = new_max;
-    if (online->keys) weighted_sum(members->key, members->weight, members->count, correction, dim, online->keys);
+    if (online->keys)
+        weighted_sum(members->key, members->weight, members->count, correction, dim, online->keys);
 }
 
 template <typename A>
@@ -178,8 +196,8 @@ A scores(const Attention<A>& attention, int64_t begin, int64_t end, A* scores) {
 }
 
 template <typename A, typename K>
-void forward(const Attention<A>& attention, int64_t begin, int64_t end, const A* weight, const A* teacher_scores,
-             A* scores, Chunk<A>* chunk) {
+void forward(const Attention<A>& attention, int64_t begin, int64_t end, const A* weight,
+             const A* teacher_scores, A* scores, Chunk<A>* chunk) {
     const int step = block_tokens<K>(attention.dim);
     const bool with_teacher = teacher_scores != nullptr;
     start(attention.dim, &chunk->in);
@@ -219,7 +237,7 @@ struct Merged {
 };
 
 template <typename A>
-Merged<A> merge(const Chunk<A>* chunks, int64_t count, OnlineSum<A> Chunk<A>::*which) {
+Merged<A> merge(const Chunk<A>* chunks, int64_t count, OnlineSum<A> Chunk<A>::* which) {
     Merged<A> merged;
     for (int64_t c = 0; c < count; ++c) {
         const A max = (chunks[c].*which).max;
@@ -232,10 +250,11 @@ Merged<A> merge(const Chunk<A>* chunks, int64_t count, OnlineSum<A> Chunk<A>::*w
     return merged;
 }
 
-/// mean = factor * sum over the chunks of their key sums, brought to the merged maximum. May overwrite a chunk's sums.
+/// mean = factor * sum over the chunks of their key sums, brought to the merged maximum. May overwrite a
+/// chunk's sums.
 template <typename A>
-void merge_keys(const Chunk<A>* chunks, int64_t count, OnlineSum<A> Chunk<A>::*which, A max, double factor, int64_t dim,
-                A* mean) {
+void merge_keys(const Chunk<A>* chunks, int64_t count, OnlineSum<A> Chunk<A>::* which, A max, double factor,
+                int64_t dim, A* mean) {
     for (int64_t c = 0; c < count; ++c) {
         const OnlineSum<A>& part = chunks[c].*which;
         const double relative = part.sum != 0 ? ::exp(static_cast<double>(part.max - max)) : 0.0;
@@ -248,8 +267,8 @@ void merge_keys(const Chunk<A>* chunks, int64_t count, OnlineSum<A> Chunk<A>::*w
     }
 }
 
-/// scores -= shift where a token is not padding. The maximum goes first: what is left is small, so that log p keeps
-/// its digits where p matters.
+/// scores -= shift where a token is not padding. The maximum goes first: what is left is small, so that log p
+/// keeps its digits where p matters.
 template <typename A>
 void to_log_probabilities(A max, A log_sum, int64_t tokens, const bool* padding, A* scores) {
     if (padding) {
@@ -292,8 +311,8 @@ A kl_divergence(const A* log_p, const A* log_t, int64_t tokens) {
 }
 
 template <typename A>
-void finish(const Chunk<A>* chunks, int64_t count, int64_t tokens, int64_t dim, RegionState region, const bool* padding,
-            const RowResults<A>& results) {
+void finish(const Chunk<A>* chunks, int64_t count, int64_t tokens, int64_t dim, RegionState region,
+            const bool* padding, const RowResults<A>& results) {
     const Merged<A> in = merge(chunks, count, &Chunk<A>::in);
     const Merged<A> out = merge(chunks, count, &Chunk<A>::out);
     const Merged<A> teacher = merge(chunks, count, &Chunk<A>::teacher);
@@ -314,13 +333,15 @@ void finish(const Chunk<A>* chunks, int64_t count, int64_t tokens, int64_t dim, 
     if (region == RegionState::kSome) {
         in_box = in.sum * in_relative / total;
         log_in_box = in_box > 0.5 ? ::log1p(-out_of_box)
-                                  : (static_cast<double>(in.max) - static_cast<double>(max)) + ::log(in.sum) - log_total;
+                                  : (static_cast<double>(in.max) - static_cast<double>(max)) + ::log(in.sum) -
+                                        log_total;
     }
     A in_region_poison = region == RegionState::kEmpty ? 0 : poison;
     if (region == RegionState::kNotANumber) in_region_poison = kNaN<A>;
 
     *results.in_box = static_cast<A>(in_box) + in_region_poison;
-    *results.rac = (region == RegionState::kEmpty ? 0 : static_cast<A>(0 - 2 * log_in_box)) + in_region_poison;
+    *results.rac =
+        (region == RegionState::kEmpty ? 0 : static_cast<A>(0 - 2 * log_in_box)) + in_region_poison;
     results.stats[kLogSumExp] = any_token ? static_cast<A>(static_cast<double>(max) + log_total) + poison : 0;
     results.stats[kLogInBox] = static_cast<A>(log_in_box) + in_region_poison;
     results.stats[kOutOfBox] = static_cast<A>(out_of_box) + poison + in_region_poison;
@@ -371,15 +392,15 @@ void score_gradient(const RowGradient<A>& row, int64_t tokens, A* coefficients) 
     const A* log_t = row.teacher_scores ? row.teacher_scores : row.scores;
     int64_t j = 0;
     for (; j + kStep <= tokens; j += kStep) {
-        store<A, A>(coefficients + j, score_gradient_lanes<A>(row, a, load<A>(row.scores + j), load<A>(log_t + j),
-                                                              load<A>(row.weight + j)));
+        store<A, A>(coefficients + j, score_gradient_lanes<A>(row, a, load<A>(row.scores + j),
+                                                              load<A>(log_t + j), load<A>(row.weight + j)));
     }
     if (j < tokens) {
         const int64_t left = tokens - j;
         store_first<A, A>(
             coefficients + j,
-            score_gradient_lanes<A>(row, a, load_first<A>(row.scores + j, left), load_first<A>(log_t + j, left),
-                                    load_first<A>(row.weight + j, left)),
+            score_gradient_lanes<A>(row, a, load_first<A>(row.scores + j, left),
+                                    load_first<A>(log_t + j, left), load_first<A>(row.weight + j, left)),
             left);
     }
     if (row.padding) {
@@ -403,36 +424,60 @@ void query_gradient(const RowGradient<A>& row, int64_t dim, A* grad_query) {
     }
 }
 
-template <typename A, typename K>
-void outer(const A* coefficients, int64_t coefficient_stride, const A* query, int64_t query_stride, int64_t count,
-           int64_t dim, void* out) {
+/// One row of `outer`.
+template <typename A, typename K, bool kStream>
+inline void scaled_copy(A coefficient, const A* query, int64_t dim, K* out) {
     constexpr int kStep = kWidth<A>;
-    K* row = static_cast<K*>(out);
-    for (int64_t i = 0; i < count; ++i, row += dim) {
-        const A c = coefficients[i * coefficient_stride];
-        const A* q = query + i * query_stride;
-        int64_t d = 0;
-        for (; d + kStep <= dim; d += kStep) store<K, A>(row + d, c * load<A>(q + d));
-        if (d < dim) store_first<K, A>(row + d, c * load_first<A>(q + d, dim - d), dim - d);
+    int64_t d = 0;
+    for (; d + kStep <= dim; d += kStep) {
+        const Vec<A> v = coefficient * load<A>(query + d);
+        if constexpr (kStream) {
+            stream<K, A>(out + d, v);
+        } else {
+            store<K, A>(out + d, v);
+        }
     }
+    if (d < dim) store_first<K, A>(out + d, coefficient * load_first<A>(query + d, dim - d), dim - d);
 }
 
-/// Functions by the storage type of the keys, in the order of Dtype.
-template <typename A>
-constexpr RowKernels<A> row_kernels() {
-    return {
-        {scores<A, float>, scores<A, BFloat16>, scores<A, Float16>, scores<A, double>},
-        {forward<A, float>, forward<A, BFloat16>, forward<A, Float16>, forward<A, double>},
-        finish<A>,
-        score_gradient<A>,
-        query_gradient<A>,
-        {outer<A, float>, outer<A, BFloat16>, outer<A, Float16>, outer<A, double>},
-    };
+template <typename A, typename K>
+void outer(const A* coefficients, int64_t coefficient_stride, const A* query, int64_t query_stride,
+           int64_t count, int64_t dim, bool past_caches, void* out) {
+    K* row = static_cast<K*>(out);
+    const bool aligned =
+        (reinterpret_cast<uintptr_t>(out) | static_cast<uintptr_t>(dim * sizeof(K))) % kCacheLine == 0;
+    if (past_caches && aligned) {
+        for (int64_t i = 0; i < count; ++i, row += dim) {
+            scaled_copy<A, K, true>(coefficients[i * coefficient_stride], query + i * query_stride, dim, row);
+        }
+        end_of_stream();
+    } else {
+        for (int64_t i = 0; i < count; ++i, row += dim) {
+            scaled_copy<A, K, false>(coefficients[i * coefficient_stride], query + i * query_stride, dim,
+                                     row);
+        }
+    }
 }
 
 }  // namespace
 
-constexpr RowKernels<float> kFloat = row_kernels<float>();
-constexpr RowKernels<double> kDouble = row_kernels<double>();
+// Functions by the storage type of the keys, in the order of Dtype.
+constexpr RowKernels<float> kFloat = {
+    {scores<float, float>, scores<float, BFloat16>, scores<float, Float16>, nullptr},
+    {forward<float, float>, forward<float, BFloat16>, forward<float, Float16>, nullptr},
+    finish<float>,
+    score_gradient<float>,
+    query_gradient<float>,
+    {outer<float, float>, outer<float, BFloat16>, outer<float, Float16>, nullptr},
+};
+
+constexpr RowKernels<double> kDouble = {
+    {nullptr, nullptr, nullptr, scores<double, double>},
+    {nullptr, nullptr, nullptr, forward<double, double>},
+    finish<double>,
+    score_gradient<double>,
+    query_gradient<double>,
+    {nullptr, nullptr, nullptr, outer<double, double>},
+};
 
 }  // namespace attbalance::ATTBALANCE_ISA

@@ -1,5 +1,6 @@
-// One (layer, sample) of `attention_terms`: the loops that touch keys and tokens, behind a table of functions for each
-// instruction set. `A` is the arithmetic type, float or double; keys have any storage type. No torch header.
+// One (layer, sample) of `attention_terms`: the loops that touch keys and tokens, behind a table of functions
+// for each instruction set. `A` is the arithmetic type: float for keys of 16 or 32 bits, double for double.
+// No torch header.
 #pragma once
 
 #include <cstdint>
@@ -14,13 +15,14 @@ template <typename A>
 struct Attention {
     const A* query;  // (D,)
     A scale;
-    const void* key;         // token 0
-    int64_t key_stride;      // elements from token to token; the D elements of a token are contiguous
-    int64_t dim;             // D
-    const bool* padding;     // (N,), true = ignore; null: none
+    const void* key;      // token 0
+    int64_t key_stride;   // elements from token to token; the D elements of a token are contiguous
+    int64_t dim;          // D
+    const bool* padding;  // (N,), true = ignore; null: none
 };
 
-/// A softmax sum over some tokens, relative to the largest score met so far, and the weighted sum of their keys.
+/// A softmax sum over some tokens, relative to the largest score met so far, and the weighted sum of their
+/// keys.
 template <typename A>
 struct OnlineSum {
     A max;       // -inf: no token yet
@@ -28,7 +30,8 @@ struct OnlineSum {
     A* keys;     // (D,) sum_j w_j exp(s_j - max) k_j, or null
 };
 
-/// What a chunk of tokens contributes to its row. Together `in` and `out` cover every token, as p m + p (1 - m) = p.
+/// What a chunk of tokens contributes to its row. Together `in` and `out` cover every token, as p m + p (1 -
+/// m) = p.
 template <typename A>
 struct Chunk {
     OnlineSum<A> in;       // w_j = m_j
@@ -66,9 +69,10 @@ struct RowGradient {
     const A* key_means;       // (3, D) or null
 };
 
+/// Arrays are indexed by the storage type of the keys (Dtype); entries that do not go with `A` are null.
 template <typename A>
 struct RowKernels {
-    /// Write the scores of tokens [begin, end), 0 at padding, by the storage type of the keys.
+    /// Write the scores of tokens [begin, end), 0 at padding.
     /// Returns 0, or NaN where one of them is not finite.
     A (*scores[kDtypes])(const Attention<A>& attention, int64_t begin, int64_t end, A* scores);
 
@@ -87,9 +91,10 @@ struct RowKernels {
     /// dL/dq (D,) of a row, from its key means.
     void (*query_gradient)(const RowGradient<A>& row, int64_t dim, A* grad_query);
 
-    /// Write `count` consecutive rows of D stored values: coefficients[i * coefficient_stride] * (query + i * query_stride).
-    void (*outer[kDtypes])(const A* coefficients, int64_t coefficient_stride, const A* query, int64_t query_stride,
-                           int64_t count, int64_t dim, void* out);
+    /// Write `count` consecutive rows of D stored values: coefficients[i * coefficient_stride] * (query + i *
+    /// query_stride). `past_caches` writes straight to memory, which saves reading the lines first.
+    void (*outer[kDtypes])(const A* coefficients, int64_t coefficient_stride, const A* query,
+                           int64_t query_stride, int64_t count, int64_t dim, bool past_caches, void* out);
 };
 
 // clang-format off

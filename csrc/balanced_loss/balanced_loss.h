@@ -1,6 +1,6 @@
-// The arithmetic of `balanced_loss` for one sample: boxes, their losses and gradients, difficulty weights. No torch
-// header. The order of operations is the Python reference's and nothing is contracted to FMA, so that IoU has the same
-// bits: Spearman's rho, being made of ranks, would jump otherwise.
+// The arithmetic of `balanced_loss` for one sample: boxes, their losses and gradients, difficulty weights. No
+// torch header. The order of operations is the Python reference's and nothing is contracted to FMA, so that
+// IoU has the same bits: Spearman's rho, being made of ranks, would jump otherwise.
 #pragma once
 
 #include <math.h>
@@ -92,8 +92,8 @@ ATTBALANCE_HOST_DEVICE AxisOverlap<A> overlap(A center, A size, A target_center,
 
 /// Accumulate the gradient of centre and size of the predicted box from those of the three lengths.
 template <typename A>
-ATTBALANCE_HOST_DEVICE void overlap_gradient(const AxisOverlap<A>& axis, A grad_length, A grad_shared, A grad_hull,
-                                             A* grad_center, A* grad_size) {
+ATTBALANCE_HOST_DEVICE void overlap_gradient(const AxisOverlap<A>& axis, A grad_length, A grad_shared,
+                                             A grad_hull, A* grad_center, A* grad_size) {
     grad_length *= is_positive(axis.length);
     grad_shared *= is_positive(axis.shared);
     grad_hull *= is_positive(axis.hull);
@@ -105,7 +105,8 @@ ATTBALANCE_HOST_DEVICE void overlap_gradient(const AxisOverlap<A>& axis, A grad_
     *grad_size += (hi - lo) / 2;
 }
 
-/// IoU, generalised IoU (Rezatofighi et al. 2019) of two cxcywh boxes, and the gradient of the latter in `pred`.
+/// IoU, generalised IoU (Rezatofighi et al. 2019) of two cxcywh boxes, and the gradient of the latter in
+/// `pred`.
 template <typename A>
 struct BoxOverlap {
     A iou;

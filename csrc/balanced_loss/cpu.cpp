@@ -57,7 +57,8 @@ void box_losses(const Inputs<A>& in, const Weights& weights, const Outputs<A>& o
             for (int i = 0; i < 4; ++i) {
                 const A difference = pred[i] - target[i];
                 distance += std::abs(difference);
-                out.grad_pred[(s * batch + b) * 4 + i] = alpha_l1 * sign(difference) - alpha_giou * boxes.grad_giou[i];
+                out.grad_pred[(s * batch + b) * 4 + i] =
+                    alpha_l1 * sign(difference) - alpha_giou * boxes.grad_giou[i];
             }
             l1 += distance;
             giou += 1 - boxes.giou;
@@ -83,10 +84,11 @@ void batch_spearman(const Inputs<A>& in, const A* iou, A* rho) {
     });
 }
 
-/// Attention terms of every sample, their weights, and the gradients, from the box losses and `rho_weight` (rho').
-/// Returns the sum of the samples' losses.
+/// Attention terms of every sample, their weights, and the gradients, from the box losses and `rho_weight`
+/// (rho'). Returns the sum of the samples' losses.
 template <typename A>
-double objective(const Inputs<A>& in, const Weights& weights, const std::vector<A>& rho_weight, const Outputs<A>& out) {
+double objective(const Inputs<A>& in, const Weights& weights, const std::vector<A>& rho_weight,
+                 const Outputs<A>& out) {
     const int64_t batch = in.batch, layers = in.layers;
     const A alpha_ar = static_cast<A>(weights.alpha_ar);
     const A weight_rac = static_cast<A>(weights.weight_rac), weight_mrc = static_cast<A>(weights.weight_mrc);
@@ -108,7 +110,8 @@ double objective(const Inputs<A>& in, const Weights& weights, const std::vector<
         } else if (weights.difficulty_from == DifficultyFrom::kLast && layers > 0) {
             first_difficult = layers - 1;
             const int64_t last = first_difficult * batch + b;
-            difficulty = weight_rac * (rho_weight[first_difficult] * in.rac[last]) + weight_mrc * in.mrc[last];
+            difficulty =
+                weight_rac * (rho_weight[first_difficult] * in.rac[last]) + weight_mrc * in.mrc[last];
         }
         const bool weighted = weights.adw && in.valid[b];
         const A probability = sigmoid(difficulty);
@@ -170,7 +173,8 @@ void run(const Inputs<A>& in, const Weights& weights, const A* given_rho, const 
         A sum = 0;
         for (int64_t l = 0; l < in.layers; ++l) sum += out.rho[l];
         std::vector<A> rho_weight(in.layers);
-        for (int64_t l = 0; l < in.layers; ++l) rho_weight[l] = out.rho[l] - sum / static_cast<A>(in.layers) + 1;
+        for (int64_t l = 0; l < in.layers; ++l)
+            rho_weight[l] = out.rho[l] - sum / static_cast<A>(in.layers) + 1;
         total = objective(in, weights, rho_weight, out);
     }
     *out.loss = static_cast<A>(total / static_cast<double>(std::max<int64_t>(in.batch, 1)));
@@ -179,11 +183,12 @@ void run(const Inputs<A>& in, const Weights& weights, const A* given_rho, const 
 using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <typename A>
-Result checked_run(const Tensor& in_box, const Tensor& rac, const Tensor& mrc, const Tensor& valid, const Tensor& pred,
-                   const Tensor& target, const Tensor& box_ratio, const std::optional<Tensor>& rho,
-                   const Weights& weights) {
+Result checked_run(const Tensor& in_box, const Tensor& rac, const Tensor& mrc, const Tensor& valid,
+                   const Tensor& pred, const Tensor& target, const Tensor& box_ratio,
+                   const std::optional<Tensor>& rho, const Weights& weights) {
     constexpr ScalarType kType = kScalarType<A>;
-    STD_TORCH_CHECK(in_box.dim() == 2 && pred.dim() == 3, "attbalance_ext: in_box must be (L, B) and pred (S, B, 4)");
+    STD_TORCH_CHECK(in_box.dim() == 2 && pred.dim() == 3,
+                    "attbalance_ext: in_box must be (L, B) and pred (S, B, 4)");
     const int64_t layers = in_box.size(0), stages = pred.size(0), batch = pred.size(1);
     check(in_box, "in_box", kType, {layers, batch});
     check(rac, "rac", kType, {layers, batch});
@@ -217,8 +222,8 @@ Result checked_run(const Tensor& in_box, const Tensor& rac, const Tensor& mrc, c
 Result balanced_loss(const Tensor& in_box, const Tensor& rac, const Tensor& mrc, const Tensor& valid,
                      const Tensor& pred, const Tensor& target, const Tensor& box_ratio,
                      const std::optional<Tensor>& rho, double alpha_ar, double alpha_l1, double alpha_giou,
-                     double weight_rac, double weight_mrc, int64_t difficulty_from, bool detach_difficulty, bool adw,
-                     bool odw, bool plain) {
+                     double weight_rac, double weight_mrc, int64_t difficulty_from, bool detach_difficulty,
+                     bool adw, bool odw, bool plain) {
     STD_TORCH_CHECK(difficulty_from >= 0 && difficulty_from <= 2, "attbalance_ext: unknown difficulty code ",
                     difficulty_from);
     const Weights weights = {alpha_ar,

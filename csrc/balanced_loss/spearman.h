@@ -1,4 +1,5 @@
-// Spearman's rank correlation of each layer's in-box attention with the IoU, in double. Average ranks for ties.
+// Spearman's rank correlation of each layer's in-box attention with the IoU, in double. Average ranks for
+// ties.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +23,8 @@ std::vector<Ranked<A>> sorted(const A* values, const std::vector<char>& kept) {
     for (size_t b = 0; b < kept.size(); ++b) {
         if (kept[b]) order.push_back({values[b], static_cast<int64_t>(b)});
     }
-    std::sort(order.begin(), order.end(), [](const Ranked<A>& a, const Ranked<A>& b) { return a.value < b.value; });
+    std::sort(order.begin(), order.end(),
+              [](const Ranked<A>& a, const Ranked<A>& b) { return a.value < b.value; });
     return order;
 }
 
@@ -38,7 +40,8 @@ void centered_ranks(const std::vector<Ranked<A>>& order, std::vector<double>* ra
     }
 }
 
-/// rho of one layer; 0 where undefined. `iou_order` holds the samples that are valid and have a finite IoU, ascending.
+/// rho of one layer; 0 where undefined. `iou_order` holds the samples that are valid and have a finite IoU,
+/// ascending.
 template <typename A>
 double spearman(const A* in_box, const std::vector<Ranked<A>>& iou_order, int64_t batch) {
     std::vector<char> kept(batch, 0);
