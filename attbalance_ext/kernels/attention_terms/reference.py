@@ -90,7 +90,7 @@ def _scores(query: Sequence[Tensor], key: Sequence[Tensor], scale: Sequence[floa
             k = torch.where(padding[..., None], 0, k)
         layers.append(factor * (k @ q[..., None]).squeeze(-1))
     scores = torch.stack(layers)
-    return torch.where(scores.isfinite(), scores, torch.nan)
+    return scores + 0 * scores.detach()  # a sum, not a selection: NaN has to reach the gradients too
 
 
 def _log_softmax(scores: Tensor, padded: Tensor) -> Tensor:
