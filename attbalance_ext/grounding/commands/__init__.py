@@ -1,0 +1,39 @@
+"""The command line, one module per group of commands. Commands only translate: the work is done elsewhere."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from attbalance_ext import BackendUnavailable
+from attbalance_ext.grounding.commands import analyse, data, demo, machine, train
+from attbalance_ext.grounding.errors import TrainingFailed, UserError
+
+app = typer.Typer(
+    name="attbalance",
+    help="Train and study visual grounding models with the AttBalance loss. Start with: attbalance demo",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+for module in (machine, demo, train, analyse):
+    module.register(app)
+app.add_typer(data.app, name="data")
+
+
+def run() -> int:
+    """Run the command line on ``sys.argv``; gives back the exit code."""
+    try:
+        app()
+    except (UserError, BackendUnavailable) as error:
+        return _complain(error, 2)
+    except TrainingFailed as error:
+        return _complain(error, 1)
+    return 0
+
+
+def _complain(error: Exception, code: int) -> int:
+    print(f"attbalance: {' '.join(str(error).split())}", file=sys.stderr)
+    return code

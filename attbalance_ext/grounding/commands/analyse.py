@@ -1,0 +1,111 @@
+"""``attbalance eval | rho | report``: what trained models do on a split."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from attbalance_ext.grounding.commands.train import CacheOption
+from attbalance_ext.grounding.data import load_dataset
+from attbalance_ext.grounding.errors import UserError
+from attbalance_ext.grounding.evaluate import Evaluation, evaluate
+from attbalance_ext.grounding.runs import Run, load_run
+from attbalance_ext.grounding.split import PreparedSplit
+
+RunArgument = Annotated[Path, typer.Argument(help="A run's folder (its best checkpoint counts), or one checkpoint file.")]
+SplitOption = Annotated[str, typer.Option(help="Split to evaluate on; see 'attbalance data card'.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+
+
+def register(app: typer.Typer) -> None:
+    app.command("eval")(evaluate_run)
+    app.command()(rho)
+    app.command()(report)
+
+
+def evaluate_run(
+    run: RunArgument,
+    split: SplitOption = "test",
+    device: DeviceOption = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    cache: CacheOption = None,
+) -> None:
+    """Evaluate a trained model: accuracy, IoU, and where its object query looks.
+
+    Example: attbalance eval runs/full --split test
+    """
+    loaded = load_run(run, device=device)
+    metrics = _evaluate(loaded, split, cache).metrics()
+    if as_json:
+        print(json.dumps({"run": str(run), "step": loaded.step, "split": split, **metrics}))
+        return
+    table = Table("metric", "value", title=f"{run} at step {loaded.step}, {loaded.settings.data} {split}")
+    table.add_row("sentences", f"{metrics['samples']}")
+    table.add_row("acc@0.5", f"{100 * metrics['acc50']:.1f} %")
+    table.add_row("acc@0.7", f"{100 * metrics['acc70']:.1f} %")
+    table.add_row("mean IoU", f"{metrics['miou']:.3f}")
+    table.add_row("in-box attention per layer", "  ".join(f"{value:.2f}" for value in metrics["in_box"]))
+    table.add_row("rho per layer", "  ".join(f"{value:+.2f}" for value in metrics["rho"]))
+    Console().print(table)
+
+
+def rho(
+    run: RunArgument,
+    split: SplitOption = "test",
+    device: DeviceOption = "cpu",
+    cache: CacheOption = None,
+) -> None:
+    """Correlate attention with success: Spearman's rho between in-box attention and IoU, layer by layer.
+
+    Example: attbalance rho runs/full --split val
+    """
+    from scipy.stats import spearmanr
+
+    loaded = load_run(run, device=device)
+    evaluation = _evaluate(loaded, split, cache)
+    valid = evaluation.valid
+    table = Table("layer", "supervised", "in-box attention", "rho", "p-value", title=f"{run}, {loaded.settings.data} {split}")
+    for layer, in_box in enumerate(evaluation.in_box):
+        supervised = loaded.settings.attbalance and layer in loaded.model.supervised
+        result = spearmanr(in_box[valid], evaluation.iou[valid])
+        table.add_row(
+            f"{layer + 1}",
+            "yes" if supervised else "no",
+            f"{in_box[valid].mean():.3f}",
+            f"{result.statistic:+.3f}",
+            f"{result.pvalue:.1e}",
+        )
+    Console().print(table)
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs over the same data; the first is the baseline.")],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    split: SplitOption = "test",
+    examples: Annotated[int, typer.Option(min=1, help="Pictures per outcome.")] = 4,
+    seed: Annotated[int, typer.Option(help="Draws the pictures.")] = 0,
+    cache: CacheOption = None,
+) -> None:
+    """Write one self-contained HTML page about runs: figures, curves, rho per layer, attention on test images.
+
+    Example: attbalance report runs/plain runs/full --out report.html
+    """
+    from attbalance_ext.grounding.report import write_report
+
+    write_report([load_run(run) for run in runs], out, split=split, cache=cache, per_group=examples, seed=seed)
+    Console(stderr=True).print(f"wrote {out}", soft_wrap=True, highlight=False)
+
+
+def _evaluate(run: Run, split: str, cache: Path | None) -> Evaluation:
+    settings = run.settings
+    dataset = load_dataset(settings.data, split, cache=cache, size=settings.size)
+    if not len(dataset.sentences):
+        raise UserError(f"{settings.data} {split} has no sentences")
+    device = next(run.model.parameters()).device
+    prepared = PreparedSplit(dataset, run.vocabulary, run.model, device)
+    return evaluate(run.model, prepared, rule=settings.rule, backend=settings.backend)

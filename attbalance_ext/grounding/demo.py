@@ -1,0 +1,46 @@
+"""The demonstration: one model trained twice, without and with AttBalance, everything else equal."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from attbalance_ext.grounding.files import load_checkpoint
+from attbalance_ext.grounding.fit import fit
+from attbalance_ext.grounding.report import write_report
+from attbalance_ext.grounding.report.summary import Summary
+from attbalance_ext.grounding.runs import load_run, resume_run, start_run
+from attbalance_ext.grounding.settings import Settings
+from attbalance_ext.grounding.train import LAST, Trainer
+
+PLAIN, FULL = "plain", "attbalance"
+
+
+def run_demo(settings: Settings, out: Path, *, cache: Path | None = None) -> list[Summary]:
+    """Train both runs in turns, evaluate them on the test split and write ``out``/report.html.
+
+    The runs share initial weights, frozen image features, data order and number of steps. An unfinished demo of the
+    same settings in ``out`` is continued; a finished or different one is replaced.
+    """
+    trainers = _trainers({PLAIN: replace(settings, attbalance=False), FULL: replace(settings, attbalance=True)}, out, cache)
+    fit(trainers)
+    return write_report([load_run(out / name) for name in trainers], out / "report.html", cache=cache)
+
+
+def _trainers(runs: dict[str, Settings], out: Path, cache: Path | None) -> dict[str, Trainer]:
+    if all(_unfinished(out / name, settings) for name, settings in runs.items()):
+        return {name: resume_run(out / name, cache=cache) for name in runs}
+    trainers: dict[str, Trainer] = {}
+    for name, settings in runs.items():
+        if (out / name / LAST).exists():
+            shutil.rmtree(out / name)
+        trainers[name] = start_run(settings, out / name, cache=cache, like=next(iter(trainers.values()), None))
+    return trainers
+
+
+def _unfinished(directory: Path, settings: Settings) -> bool:
+    if not (directory / LAST).exists():
+        return False
+    state = load_checkpoint(directory / LAST)
+    return state["settings"] == settings.to_dict() and state["step"] < settings.steps

@@ -1,0 +1,82 @@
+"""The loop around one or several trainers: turns, progress bars, Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.progress import Progress
+
+from attbalance_ext.grounding.progress import progress_bars
+from attbalance_ext.grounding.train import Trainer
+
+
+class Interrupted(Exception):
+    """Training was stopped by Ctrl-C (or SIGTERM) after every trainer had saved its checkpoint."""
+
+
+def fit(trainers: Mapping[str, Trainer]) -> None:
+    """Train until every trainer is finished; several take turns, one step each, first one then the other first.
+
+    Taking turns makes their times comparable: whatever else the machine does meets all of them alike. Ctrl-C lets
+    the current step end, saves a checkpoint for each trainer and raises :class:`Interrupted`; a second Ctrl-C stops
+    at once, and the checkpoint before it stays whole.
+    """
+    try:
+        with progress_bars() as progress, _stop_requested() as stop:
+            _take_turns(trainers, progress, stop)
+    finally:
+        for trainer in trainers.values():
+            trainer.log.close()
+
+
+def _take_turns(trainers: Mapping[str, Trainer], progress: Progress, stop: threading.Event) -> None:
+    bars = {
+        name: progress.add_task(name, total=trainer.settings.steps, completed=trainer.step, note=_note(trainer))
+        for name, trainer in trainers.items()
+    }
+    turn = list(trainers.items())
+    while any(not trainer.finished for trainer in trainers.values()):
+        for name, trainer in turn:
+            if not trainer.finished:
+                trainer.advance()
+                progress.update(bars[name], completed=trainer.step, note=_note(trainer))
+        turn.reverse()
+        if stop.is_set():
+            for trainer in trainers.values():
+                trainer.save()
+            raise Interrupted
+
+
+def _note(trainer: Trainer) -> str:
+    train, validation = trainer.log.history["train"], trainer.log.history["validation"]
+    loss = f"loss {train[-1]['loss']:.3f}" if train else ""
+    accuracy = f"  val acc {100 * validation[-1]['acc50']:.1f} %" if validation else ""
+    return loss + accuracy
+
+
+@contextmanager
+def _stop_requested() -> Iterator[threading.Event]:
+    """An event set by the first SIGINT or SIGTERM; the second one acts as usual."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # signals can only be handled in the main thread
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def request(*_: object) -> None:
+        stop.set()
+        restore()
+
+    for number in previous:
+        signal.signal(number, request)
+    try:
+        yield stop
+    finally:
+        restore()

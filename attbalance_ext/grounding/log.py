@@ -1,0 +1,88 @@
+"""What a run says about itself: records of training and validation, for the report and for TensorBoard."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Record = dict[str, Any]
+
+
+class RunLog:
+    """Averages steps into records without waiting for the device at every step."""
+
+    def __init__(self, directory: Path) -> None:
+        self.history: dict[str, list[Record]] = {"train": [], "validation": []}
+        self._directory = directory
+        self._pending: list[dict[str, Tensor]] = []
+        self._writer: Any = None
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Take the values of one step: each is reduced to its mean over the samples, except ``rho`` (L,)."""
+        self._pending.append(
+            {name: value.detach() if name == "rho" else value.detach().mean() for name, value in values.items()}
+        )
+
+    def not_finite(self) -> list[str]:
+        """Names of the values that were not finite in a step since the last record. Waits for the device."""
+        names = self._pending[0].keys() if self._pending else ()
+        return [name for name in names if not math.isfinite(self._mean(name).sum().item())]
+
+    def close_window(self, step: int, **more: Any) -> Record:
+        """Turn the steps since the last call into one record."""
+        record = {"step": step, **more}
+        for name in self._pending[0]:
+            record[name] = self._mean(name).tolist()
+        self._pending.clear()
+        self._append("train", record)
+        return record
+
+    def validation(self, step: int, metrics: Record) -> None:
+        self._append("validation", {"step": step, **metrics})
+
+    def state_dict(self) -> dict[str, Any]:
+        """The records and the open window, so that a resumed run continues them exactly."""
+        pending = [{name: value.cpu() for name, value in values.items()} for values in self._pending]
+        return {"history": self.history, "pending": pending}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.history = state["history"]
+        self._pending = state["pending"]
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _mean(self, name: str) -> Tensor:
+        """Over the steps of the window that have the value, on the CPU."""
+        return torch.stack([values[name].cpu() for values in self._pending if name in values]).mean(0)
+
+    def _append(self, kind: str, record: Record) -> None:
+        self.history[kind].append(record)
+        writer = self._tensorboard(record["step"])
+        if writer is None:
+            return
+        for name, value in record.items():
+            for tag, number in _scalars(name, value):
+                writer.add_scalar(f"{kind}/{tag}", number, record["step"])
+
+    def _tensorboard(self, step: int) -> Any:
+        """The writer, opened at the first record; records of steps that a resumed run repeats are dropped."""
+        if self._writer is None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                return None
+            self._writer = SummaryWriter(str(self._directory / "tensorboard"), purge_step=step)
+        return self._writer
+
+
+def _scalars(name: str, value: Any) -> list[tuple[str, float]]:
+    if isinstance(value, list):
+        return [(f"{name}/layer{index}", number) for index, number in enumerate(value)]
+    return [] if name == "step" else [(name, float(value))]

@@ -1,0 +1,61 @@
+"""Pieces shared by the models: a pre-norm layer, sine positions, an MLP."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class EncoderLayer(nn.Module):
+    """Pre-norm self-attention and feed-forward layer, batch-first.
+
+    The attention is asked for no weights, so PyTorch runs its fused kernels. (PyTorch's own encoder layer has an
+    evaluation path that goes round its attention module, and with it round any hook.)
+    """
+
+    def __init__(self, dim: int, heads: int, hidden: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(dim)
+        self.attention = nn.MultiheadAttention(dim, heads, dropout=dropout, batch_first=True)
+        self.norm_feedforward = nn.LayerNorm(dim)
+        self.feedforward = nn.Sequential(
+            nn.Linear(dim, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, dim)
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tokens: Tensor, padding: Tensor | None = None, *, queries: int | None = None) -> Tensor:
+        """tokens (B, T, D); padding (B, T) bool, True = ignore -> (B, T, D), or only the first ``queries`` tokens."""
+        keys = self.norm_attention(tokens)
+        tokens, query = (tokens, keys) if queries is None else (tokens[:, :queries], keys[:, :queries])
+        attended, _ = self.attention(query, keys, keys, key_padding_mask=padding, need_weights=False)
+        tokens = tokens + self.dropout(attended)
+        return tokens + self.dropout(self.feedforward(self.norm_feedforward(tokens)))
+
+
+def sine_positions(height: int, width: int, dim: int) -> Tensor:
+    """(height * width, dim) fixed 2-D sine positions, row-major: the first half of the channels says y, the rest x.
+
+    Coordinates are cell centres in [0, 1], so that grids of different sizes speak of the same places.
+    """
+    quarter = dim // 4
+    if 4 * quarter != dim:
+        raise ValueError(f"dim must be a multiple of 4, got {dim}")
+    frequency = math.pi * 2.0 ** torch.linspace(0.0, math.log2(2 * max(height, width)), quarter)
+    y = (torch.arange(height) + 0.5)[:, None] / height * frequency
+    x = (torch.arange(width) + 0.5)[:, None] / width * frequency
+    rows = torch.cat([y.sin(), y.cos()], dim=1)[:, None].expand(height, width, -1)
+    columns = torch.cat([x.sin(), x.cos()], dim=1)[None].expand(height, width, -1)
+    return torch.cat([rows, columns], dim=2).reshape(height * width, dim)
+
+
+class MLP(nn.Sequential):
+    """``depth`` linear layers with ReLU between them."""
+
+    def __init__(self, dim: int, hidden: int, out: int, depth: int) -> None:
+        widths = [dim, *[hidden] * (depth - 1), out]
+        steps: list[nn.Module] = []
+        for source, target in zip(widths[:-1], widths[1:], strict=True):
+            steps += [nn.Linear(source, target), nn.ReLU()]
+        super().__init__(*steps[:-1])

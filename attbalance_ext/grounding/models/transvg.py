@@ -1,0 +1,176 @@
+"""TransVG (Deng et al., ICCV 2021, arXiv 2104.08541): a REG token reads the box out of text and visual tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from attbalance_ext import AttentionTap
+from attbalance_ext.grounding.models.base import GroundingModel
+from attbalance_ext.grounding.models.layers import MLP, EncoderLayer, sine_positions
+
+
+class ConvEncoder(nn.Module):
+    """Image to visual tokens: a convolutional stem of stride 8, 2-D positions, and transformer layers."""
+
+    stride = 8
+
+    def __init__(self, *, image_size: int, dim: int, heads: int, layers: int, hidden: int) -> None:
+        super().__init__()
+        if image_size % self.stride:
+            raise ValueError(f"image_size must be a multiple of {self.stride}, got {image_size}")
+        cells = image_size // self.stride
+        self.grid = (cells, cells)
+        self.dim = dim
+        half = dim // 2
+        self.stem = nn.Sequential(
+            _convolution(3, half, stride=2),
+            _convolution(half, dim, stride=2),
+            _convolution(dim, dim, stride=2),
+            _Residual(dim),
+        )
+        self.register_buffer("positions", sine_positions(cells, cells, dim), persistent=False)
+        self.layers = nn.ModuleList(EncoderLayer(dim, heads, hidden) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) uint8 -> (B, N, D)."""
+        pixels = images.float() / 127.5 - 1.0
+        tokens = self.stem(pixels).flatten(2).transpose(1, 2) + self.positions
+        for layer in self.layers:
+            tokens = layer(tokens)
+        return self.norm(tokens)
+
+
+class TextEncoder(nn.Module):
+    """Word embeddings, learned positions and one transformer layer, from scratch."""
+
+    def __init__(
+        self, *, vocabulary_size: int, max_words: int, dim: int, heads: int, hidden: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.words = nn.Embedding(vocabulary_size, dim)
+        self.positions = nn.Parameter(torch.randn(max_words, dim) * 0.02)
+        self.layer = EncoderLayer(dim, heads, hidden, dropout)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, words: Tensor, padding: Tensor) -> Tensor:
+        """(B, T) int64 and (B, T) bool -> (B, T, D)."""
+        tokens = self.words(words) + self.positions[: words.shape[1]]
+        return self.norm(self.layer(tokens, padding))
+
+
+class TransVG(GroundingModel):
+    """The fusion transformer of TransVG over a small image encoder and a small text encoder.
+
+    Tokens are [REG (1), words (T), visual (N)]; the REG token's output gives the box. The supervised attention
+    has REG as its query and the last N tokens as its keys.
+
+    Besides its size, it differs from the published model where a small model has to learn in minutes:
+
+    * *Frozen vision.* The image encoder is pre-trained without language (``pretrain.py``; the analogue of starting
+      from DETR) and does not train afterwards; TransVG fine-tunes its ResNet and DETR encoder.
+    * *Positions in the values.* The position embedding is added to the fusion's input. TransVG adds it to queries
+      and keys only, and learns to copy positions into the visual tokens through its trainable vision branch.
+    * *Pre-norm* layers (TransVG: post-norm), which need less warm-up.
+    * *Text from scratch*: one layer on word embeddings where TransVG has BERT.
+    * *Image positions*: visual position embeddings start from 2-D sines; all others start random.
+    * *Not every layer is supervised.* In the first fusion layer REG has seen neither image nor text, so its
+      attention cannot follow the sentence; AttBalance supervises the layers after it.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocabulary_size: int,
+        image_size: int,
+        dim: int = 64,
+        heads: int = 4,
+        hidden: int = 128,
+        visual_layers: int = 1,
+        layers: int = 4,
+        supervised: Sequence[int] = (1, 2, 3),
+        max_words: int = 32,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.image_encoder = ConvEncoder(
+            image_size=image_size, dim=dim, heads=heads, layers=visual_layers, hidden=hidden
+        ).requires_grad_(False)
+        self.text_encoder = TextEncoder(
+            vocabulary_size=vocabulary_size, max_words=max_words, dim=dim, heads=heads, hidden=hidden, dropout=dropout
+        )
+        self.grids = (self.image_encoder.grid,)
+        self.max_words = max_words
+        self.layers = layers
+        self.supervised = tuple(supervised)
+
+        self.visual_projection = nn.Linear(dim, dim)
+        self.text_projection = nn.Linear(dim, dim)
+        self.reg = nn.Parameter(torch.randn(dim) * 0.02)
+        self.text_positions = nn.Parameter(torch.randn(max_words, dim) * 0.02)
+        self.visual_positions = nn.Parameter(self.image_encoder.positions.clone())
+        self.fusion = nn.ModuleList(EncoderLayer(dim, heads, hidden, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+        self.box_head = MLP(dim, dim, 4, depth=3)
+
+    @torch.no_grad()
+    def prepare(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) uint8 -> (B, N, D): the frozen image encoder, always in evaluation mode."""
+        self.image_encoder.eval()
+        return self.image_encoder(images)
+
+    def forward(self, prepared: Tensor, words: Tensor, word_padding: Tensor) -> Tensor:
+        batch, visual, _ = prepared.shape
+        text = self.text_projection(self.text_encoder(words, word_padding)) + self.text_positions[: words.shape[1]]
+        image = self.visual_projection(prepared) + self.visual_positions
+        tokens = torch.cat([self.reg.expand(batch, 1, -1), text, image], dim=1)
+        padding = torch.cat(
+            [
+                word_padding.new_zeros(batch, 1),
+                word_padding,
+                word_padding.new_zeros(batch, visual),
+            ],
+            dim=1,
+        )
+        for layer in self.fusion[:-1]:
+            tokens = layer(tokens, padding)
+        tokens = self.fusion[-1](tokens, padding, queries=1)  # nothing else of the last layer is ever read
+        return self.box_head(self.norm(tokens[:, 0])).sigmoid()
+
+    def make_tap(self, *, every_layer: bool = False) -> AttentionTap:
+        chosen = range(self.layers) if every_layer else self.supervised
+        height, width = self.image_encoder.grid
+        modules = [self.fusion[index].attention for index in chosen]
+        return AttentionTap(modules, query=0, visual=slice(-height * width, None))
+
+    def train(self, mode: bool = True) -> TransVG:
+        """As usual, except that the frozen image encoder stays in evaluation mode."""
+        super().train(mode)
+        self.image_encoder.eval()
+        return self
+
+
+def transvg_tiny(**options: object) -> TransVG:
+    """0.3 million parameters: learns the built-in benchmark on a laptop CPU in two minutes."""
+    return TransVG(**options)  # type: ignore[arg-type]
+
+
+def _convolution(inputs: int, outputs: int, *, stride: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
+    )
+
+
+class _Residual(nn.Module):
+    """x + two 3 x 3 convolutions of x."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.first = _convolution(dim, dim, stride=1)
+        self.second = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, bias=False), nn.BatchNorm2d(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.second(self.first(x)))

@@ -1,0 +1,151 @@
+"""Puts the report together."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from markupsafe import Markup
+
+from attbalance_ext.grounding.data import load_dataset
+from attbalance_ext.grounding.errors import UserError
+from attbalance_ext.grounding.evaluate import Evaluation, evaluate
+from attbalance_ext.grounding.files import write_text
+from attbalance_ext.grounding.report.charts import Line, line_chart
+from attbalance_ext.grounding.report.pictures import picture_groups
+from attbalance_ext.grounding.report.summary import Summary, settings_table, summarize
+from attbalance_ext.grounding.runs import Run
+from attbalance_ext.grounding.split import PreparedSplit
+
+MAX_RUNS = 6
+"""The page has that many line colours."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawing and the line that says what it shows."""
+
+    title: str
+    svg: Markup
+
+
+def write_report(
+    runs: Sequence[Run], out: Path, *, split: str = "test", cache: Path | None = None, per_group: int = 4, seed: int = 0
+) -> list[Summary]:
+    """Evaluate ``runs`` on ``split`` and write the page to ``out``; gives back the rows of its table.
+
+    Runs are compared on the same sentences, so they must share their data set.
+    """
+    settings = runs[0].settings
+    if len(runs) > MAX_RUNS:
+        raise UserError(f"a report shows at most {MAX_RUNS} runs, got {len(runs)}")
+    if any((run.settings.data, run.settings.size) != (settings.data, settings.size) for run in runs):
+        raise UserError(
+            "the runs of one report must share their data: got "
+            + ", ".join(f"{run.directory.name} on {run.settings.data} at {run.settings.size} px" for run in runs)
+        )
+    dataset = load_dataset(settings.data, split, cache=cache, size=settings.size)
+    splits, evaluations = [], []
+    for run in runs:
+        prepared = PreparedSplit(dataset, run.vocabulary, run.model, torch.device(run.settings.device))
+        splits.append(prepared)
+        evaluations.append(evaluate(run.model, prepared, rule=run.settings.rule, backend=run.settings.backend))
+    summaries = [summarize(run, evaluation) for run, evaluation in zip(runs, evaluations, strict=True)]
+    page = _environment().get_template("report.html").render(
+        headline=_headline(summaries),
+        data=settings.data,
+        split=split,
+        summaries=summaries,
+        learning=_learning_charts(runs),
+        in_box=_layer_charts(runs, "in_box", "attention in the true box", (0.0, 1.0)),
+        rho=_layer_charts(runs, "rho", "rho", (-0.2, 1.0)),
+        groups=picture_groups(runs, splits, evaluations, per_group=per_group, seed=seed),
+        settings=settings_table(list(runs)),
+        versions=_versions(),
+        written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+    write_text(out, page)
+    return summaries
+
+
+def _headline(summaries: list[Summary]) -> str | None:
+    """One sentence where the page compares a plain run with an AttBalance run; None otherwise."""
+    if len(summaries) != 2 or summaries[0].attbalance or not summaries[1].attbalance:
+        return None
+    plain, full = summaries
+    return (
+        f"With AttBalance, {100 * full.acc50:.1f} % of {full.samples:,} unseen sentences are grounded at IoU 0.5; "
+        f"the same model, data order and steps without it reach {100 * plain.acc50:.1f} %."
+    )
+
+
+def _learning_charts(runs: Sequence[Run]) -> list[Chart]:
+    shade = max(run.settings.terms_steps for run in runs)
+    loss = _lines(runs, "train", lambda record: record["box"])
+    accuracy = _lines(runs, "validation", lambda record: record["acc50"])
+    return [
+        Chart("Box loss in training (L1 + GIoU)", line_chart(loss, label="box loss over steps", shade_until=shade)),
+        Chart(
+            "Accuracy at IoU 0.5 on validation",
+            line_chart(accuracy, label="validation accuracy over steps", y_range=(0.0, 1.0), shade_until=shade),
+        ),
+    ]
+
+
+def _layer_charts(runs: Sequence[Run], key: str, label: str, y_range: tuple[float, float]) -> list[Chart]:
+    """One chart per fusion layer, one line per run."""
+    shade = max(run.settings.terms_steps for run in runs)
+    supervised = {layer for run in runs if run.settings.attbalance for layer in run.model.supervised}
+    charts = []
+    for layer in range(max(run.model.layers for run in runs)):
+        lines = _lines(
+            [run for run in runs if layer < run.model.layers],
+            "validation",
+            lambda record, layer=layer: record[key][layer],
+        )
+        title = f"Layer {layer + 1}" + ("" if layer in supervised else ", not supervised")
+        svg = line_chart(lines, label=f"{label}, layer {layer + 1}", y_range=y_range, shade_until=shade)
+        charts.append(Chart(title, svg))
+    return charts
+
+
+def _lines(runs: Sequence[Run], kind: str, value: Any) -> list[Line]:
+    return [
+        Line(
+            run.directory.name,
+            index,
+            [record["step"] for record in run.history[kind]],
+            [value(record) for record in run.history[kind]],
+        )
+        for index, run in enumerate(runs)
+    ]
+
+
+def _versions() -> list[tuple[str, str]]:
+    try:
+        ours = version("attbalance_ext")
+    except PackageNotFoundError:  # run from a checkout that was not installed
+        ours = "not installed"
+    return [
+        ("attbalance_ext", ours),
+        ("PyTorch", torch.__version__),
+        ("Python", platform.python_version()),
+        ("machine", f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads"),
+    ]
+
+
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("attbalance_ext.grounding"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
