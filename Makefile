@@ -3,7 +3,9 @@
 PYTHON ?= python3
 VENV   ?= .venv
 JOBS   ?= 2
-CXX    ?= c++
+ifeq ($(origin CXX),default)
+  CXX := c++
+endif
 
 BIN         := $(abspath $(VENV))/bin
 PIP         := $(BIN)/python -m pip --disable-pip-version-check
@@ -58,6 +60,8 @@ $(VENV)/.created:
 	  echo "Python >= 3.10 is needed; '$(PYTHON)' is $$($(PYTHON) -V 2>&1). Name another with 'make setup PYTHON=python3.12'."; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "'$(PYTHON)' cannot make virtual environments: install its venv package (Debian, Ubuntu: apt install python3-venv)."; exit 1; }
+	@command -v $(CXX) >/dev/null || { \
+	  echo "No C++ compiler '$(CXX)' found: install one (Debian, Ubuntu: apt install g++) or name one with CXX=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
@@ -67,8 +71,7 @@ $(VENV)/.torch: $(CONSTRAINTS) | $(VENV)/.created
 	$(PIP) install --progress-bar off -c $(CONSTRAINTS) setuptools cmake ninja pybind11
 	@touch $@
 
+# ATTBALANCE_CPU=1: in a checkout a native library that cannot be built is an error.
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(NATIVE)
-	@command -v $(CXX) >/dev/null || { \
-	  echo "No C++ compiler '$(CXX)' found: install one (Debian, Ubuntu: apt install g++) or name one with CXX=..."; exit 1; }
-	$(PIP) install --progress-bar off -c $(CONSTRAINTS) --no-build-isolation -e '.[train,dev]'
+	ATTBALANCE_CPU=1 $(PIP) install --progress-bar off -c $(CONSTRAINTS) --no-build-isolation -e '.[train,dev]'
 	@touch $@
