@@ -377,8 +377,8 @@ A region_gradient(const RowGradient<A>& row) {
 template <typename A>
 inline Vec<A> score_gradient_lanes(const RowGradient<A>& row, A a, Vec<A> log_p, Vec<A> log_t, Vec<A> m) {
     const Vec<A> p = exp<A>(log_p);
-    const bool in_region = row.stats[kLogInBox] != -kInfinity<A>;
-    const Vec<A> pin = in_region ? m * exp<A>(log_p - row.stats[kLogInBox]) : Vec<A>{};
+    // Outside the region the exponent may be large, and 0 * inf must not arise.
+    const Vec<A> pin = m * exp<A>(m > 0 ? log_p - row.stats[kLogInBox] : Vec<A>{});
     // p - pin = p (1 - m) - A_out pin keeps its digits where A_in tends to 1.
     Vec<A> gradient = a * (p * (1 - m) - row.stats[kOutOfBox] * pin);
     if (row.teacher_scores) gradient += row.grad_mrc * difference<A>(log_p, log_t, p);
