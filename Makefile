@@ -45,7 +45,7 @@ bench: $(VENV)/.installed  ## time the op on this machine's CPU and print the ta
 	$(BIN)/python -m benchmarks run --suite op --device cpu
 
 demo: $(VENV)/.installed  ## train the tiny model with and without AttBalance; writes demo/report.html
-	$(BIN)/python -m attbalance_ext.grounding.demo
+	$(BIN)/attbalance demo
 
 clean:  ## remove the environment, builds and caches
 	rm -rf $(VENV) build dist *.egg-info attbalance_ext/kernels/lib/*.so

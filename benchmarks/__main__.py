@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
@@ -65,6 +66,8 @@ def run(
         keep_freed_memory()
     if threads is not None:
         torch.set_num_threads(threads)
+    if (load := os.getloadavg()[0]) > 0.5:
+        console.print(f"system load {load:.1f}: other programs are running, these times will be noisy", style="yellow")
     clock = CpuClock(cold=not warm)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     for size in batch:
