@@ -201,7 +201,10 @@ class AttBalanceLoss(nn.Module):
         if isinstance(source, tuple):
             if len(source) != layers:
                 raise ValueError(f"config.rho has {len(source)} values, the terms have {layers} layers")
-            return in_box.new_tensor(source)
+            rho = in_box.new_empty(layers)
+            for layer, value in enumerate(source):
+                rho[layer].fill_(value)  # new_tensor would copy from the host, and wait for the device
+            return rho
         iou, _ = reference.box_iou(pred[-1], target)
         if source == "global":
             return reference.spearman_rho(*_gather(in_box, iou, valid))

@@ -45,7 +45,6 @@ class MomentumTeacher(nn.Module):
         if not isinstance(tap, AttentionTap):
             raise TypeError(f"make_tap must return an AttentionTap, got {type(tap).__name__}")
         self._tap = tap
-        self._average = get_ema_multi_avg_fn(momentum)
         self.eval()
 
     def train(self, mode: bool = True) -> MomentumTeacher:
@@ -64,8 +63,9 @@ class MomentumTeacher(nn.Module):
             averages, currents = groups.setdefault((parameter.device, parameter.dtype), ([], []))
             averages.append(parameter.detach())
             currents.append(current.detach().to(parameter))
+        average = get_ema_multi_avg_fn(self.momentum)
         for averages, currents in groups.values():
-            self._average(averages, currents, 0)
+            average(averages, currents, 0)
         for buffer, current_buffer in zip(self.module.buffers(), model.buffers(), strict=True):
             buffer.copy_(current_buffer)
 
