@@ -8,13 +8,13 @@ The gradient is an ``autograd.Function`` outside the op, cheaper per call than `
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from attbalance_ext.kernels.attention_terms.reference import AttentionTerms
 from attbalance_ext.kernels.balanced_loss.reference import SAMPLE_ROWS, Objective
@@ -122,6 +122,39 @@ def _attention_terms_backward_fake(
     return grad_query, grad_key
 
 
+Gradients = tuple[Tensor | None, ...]
+
+
+def _differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
+    """Make second derivatives, which the kernels do not compute, an error.
+
+    PyTorch's `once_differentiable` refuses them only where the incoming gradient requires one; these gradients depend
+    on the op's inputs too, and would silently pass for constants.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *incoming: Tensor | None) -> Gradients:
+        with torch.no_grad():
+            gradients = backward(ctx, *incoming)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return gradients
+        return tuple(
+            None if gradient is None else _NoSecondDerivative.apply(gradient.requires_grad_()) for gradient in gradients
+        )
+
+    return wrapper
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, _incoming: Tensor) -> Tensor:
+        raise RuntimeError("attbalance_ext's native ops can be differentiated once; use backend='reference' for more")
+
+
 class AttentionSpec(NamedTuple):
     """What is constant in one `attention_terms` call; `grids` is flat, and empty when the region is given as
     weights."""
@@ -183,10 +216,8 @@ class _AttentionTerms(torch.autograd.Function):
         return in_box, rac, mrc, valid
 
     @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, grad_in_box: Tensor, grad_rac: Tensor, grad_mrc: Tensor, _valid: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    @_differentiable_once
+    def backward(ctx: Any, grad_in_box: Tensor, grad_rac: Tensor, grad_mrc: Tensor, _valid: Tensor | None) -> Gradients:
         region, padding, in_box, scores, teacher_scores, stats, key_means, *query = ctx.saved_tensors
         spec: AttentionSpec = ctx.spec
         backward = getattr(torch.ops.attbalance_ext.attention_terms_backward, spec.backend)
@@ -313,8 +344,8 @@ class _BalancedLoss(torch.autograd.Function):
         return loss, samples, rho
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _samples: Tensor, _rho: Tensor) -> tuple[Tensor | None, ...]:
+    @_differentiable_once
+    def backward(ctx: Any, grad_loss: Tensor, _samples: Tensor, _rho: Tensor) -> Gradients:
         rac, mrc, pred = (
             grad_loss * gradient if needed else None
             for gradient, needed in zip(ctx.saved_tensors, (ctx.needs_input_grad[i] for i in (3, 4, 6)), strict=True)
