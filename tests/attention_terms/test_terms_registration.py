@@ -1,0 +1,125 @@
+"""`attention_terms` as registered operators: schemas, fakes, compilation."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from helpers import NATIVE, same_bits
+from helpers_attention import Problem, make_problem, solve
+from torch import Tensor
+
+from attbalance_ext import AttentionTerms, BoxRegion, attention_terms
+from attbalance_ext.kernels.attention_terms.reference import RULES
+from attbalance_ext.kernels.ops import DTYPES
+
+
+def forward_arguments(problem: Problem, need_key_means: bool = True) -> tuple:
+    if isinstance(problem.region, BoxRegion):
+        region, rule = problem.region.boxes, RULES.index(problem.region.rule)
+        grids = [n for grid in problem.region.grids for n in grid]
+    else:
+        region, grids, rule = problem.region.to(problem.query[0].dtype), [], 0
+    teacher = problem.teacher
+    return (
+        problem.query,
+        problem.key,
+        problem.scale,
+        region,
+        grids,
+        rule,
+        problem.padding,
+        list(teacher.query) if teacher else [],
+        list(teacher.key) if teacher else [],
+        list(teacher.scale) if teacher else [],
+        need_key_means,
+    )
+
+
+def backward_arguments(problem: Problem, backend: str, need_query: list[bool], need_key: list[bool]) -> tuple:
+    arguments = forward_arguments(problem, any(need_query))
+    query, key, scale, region, grids, rule, padding, *_ = arguments
+    in_box, _, _, _, *kept = getattr(torch.ops.attbalance_ext.attention_terms, backend)(*arguments)
+    dtypes = [DTYPES.index(k.dtype) for k in key]
+    sequence_first = [k.stride(0) < k.stride(1) for k in key]
+    common = (query, scale, region, grids, rule, padding, in_box, *kept)
+    return *problem.incoming, *common, dtypes, sequence_first, need_query, need_key
+
+
+CASES = [
+    {"layers": 1, "region": "touch"},
+    {"layers": 3, "region": "weights", "padded": True, "teacher_dtype": None},
+    {"layers": 2, "region": "coverage", "layout": "sequence_first", "key_dtype": (torch.bfloat16, torch.float16)},
+    {"batch": 0, "region": "nearest"},
+    {
+        "region": "weights",
+        "query_dtype": (torch.float64,),
+        "key_dtype": (torch.float64,),
+        "teacher_dtype": torch.float64,
+    },
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("backend", NATIVE)
+def test_opcheck_forward(backend: str, case: dict) -> None:
+    problem = make_problem(**case)
+    op = getattr(torch.ops.attbalance_ext.attention_terms, backend)
+    for need_key_means in (False, True):
+        torch.library.opcheck(op, forward_arguments(problem, need_key_means))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("backend", NATIVE)
+def test_opcheck_backward(backend: str, case: dict) -> None:
+    problem = make_problem(**case)
+    op = getattr(torch.ops.attbalance_ext.attention_terms_backward, backend)
+    layers = len(problem.key)
+    for need_query, need_key in itertools.product(([True] * layers, [False] * layers), repeat=2):
+        torch.library.opcheck(op, backward_arguments(problem, backend, need_query, need_key))
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+def test_only_what_is_needed_is_computed(backend: str) -> None:
+    problem = make_problem(layers=3)
+    op = getattr(torch.ops.attbalance_ext.attention_terms_backward, backend)
+    grad_query, grad_key = op(*backward_arguments(problem, backend, [False, True, False], [True, False, True]))
+    whole = solve(problem, backend)
+    assert all(map(same_bits, grad_query, [whole.grad_query[1]]))
+    assert all(map(same_bits, grad_key, [whole.grad_key[0], whole.grad_key[2]]))
+    assert len(grad_query) == 1
+    assert len(grad_key) == 2
+    without_means = getattr(torch.ops.attbalance_ext.attention_terms, backend)(*forward_arguments(problem, False))
+    assert without_means[-1].numel() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["reference", *NATIVE])
+def test_compiles_to_one_graph_for_any_batch(backend: str) -> None:
+    """fullgraph: no break. One compilation serves every batch size once the batch is marked dynamic."""
+    compilations = 0
+
+    def counting(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        nonlocal compilations
+        compilations += 1
+        return graph
+
+    def terms(query: Tensor, key: Tensor, boxes: Tensor) -> AttentionTerms:
+        from attbalance_ext import QueryAttention
+
+        return attention_terms(QueryAttention(query, key, 0.2), BoxRegion(boxes, (4, 5)), backend=backend)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(terms, fullgraph=True, backend=counting)
+    for batch in (3, 5, 8):
+        query = torch.randn(batch, 16, requires_grad=True)
+        key = torch.randn(batch, 20, 16, requires_grad=True)
+        boxes = torch.rand(batch, 4)
+        for tensor in (query, key, boxes):
+            torch._dynamo.mark_dynamic(tensor, 0)
+        found, expected = compiled(query, key, boxes), terms(query, key, boxes)
+        assert all(map(same_bits, found, expected))
+        gradients = [torch.autograd.grad(t.rac.sum() + t.in_box.sum(), [query, key]) for t in (found, expected)]
+        assert all(map(same_bits, *gradients))
+    assert compilations == 1
