@@ -33,12 +33,13 @@ def plot(groups: Sequence[Sequence[Row]], path: Path) -> None:
         axis.axvline(rows[0].floor, color="tab:red", linestyle="--", label="byte floor")
         axis.invert_yaxis()
         axis.margins(x=0.15)
-        axis.legend(loc="lower right")
+        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False, fontsize="small")
         case, where = rows[0].case, rows[0].environment
         axis.set_title(
             f"{rows[0].suite}: {', '.join(f'{k}={v}' for k, v in case.items())}; {where['cpu']}, "
             f"{where['threads']} threads",
             fontsize="small",
+            loc="left",
         )
         axis.set_xlabel("forward + backward, ms")
     figure.savefig(path)
