@@ -1,0 +1,141 @@
+"""Which backend runs a call, and what is said where one cannot."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from helpers import BACKENDS, same_bits
+from helpers_attention import make_problem
+
+from attbalance_ext import (
+    AttBalanceLoss,
+    AttentionTerms,
+    BackendUnavailable,
+    attention_terms,
+    available_backends,
+)
+from attbalance_ext.kernels import choose, ops
+
+
+def terms(backend: str = "auto") -> AttentionTerms:
+    problem = make_problem(tokens=401, width=40)
+    return attention_terms(problem.student(), problem.region, teacher=problem.teacher, backend=backend)
+
+
+@pytest.fixture
+def no_cpu_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_cpu_problems", ["libattbalance_cpu.so was not built: install a compiler"])
+    monkeypatch.setattr(choose, "_logged", set())
+
+
+def ran_by(found: AttentionTerms) -> set[str]:
+    """The backends whose bits these are."""
+    return {name for name in BACKENDS if all(map(same_bits, found, terms(name)))}
+
+
+def test_every_backend_is_listed_with_reasons() -> None:
+    found = available_backends()
+    assert list(found) == ["reference", "cpu", "triton", "cuda"]
+    assert found["reference"] == []
+    assert found["cpu"] == []
+    for name in ("triton", "cuda"):
+        assert all(isinstance(reason, str) and reason for reason in found[name])
+
+
+def test_the_list_is_the_caller_s_own() -> None:
+    available_backends()["cpu"].append("spoiled")
+    assert available_backends()["cpu"] == []
+
+
+def test_backends_can_be_told_apart() -> None:
+    """Else the tests below prove nothing."""
+    assert ran_by(terms("reference")) == {"reference"}
+    assert ran_by(terms("cpu")) == {"cpu"}
+
+
+def test_auto_takes_the_kernels() -> None:
+    assert ran_by(terms()) == {"cpu"}
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_environment_sets_what_auto_means(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("ATTBALANCE_BACKEND", name)
+    assert ran_by(terms()) == {name}
+    other = next(backend for backend in BACKENDS if backend != name)
+    assert ran_by(terms(other)) == {other}, "an explicit choice wins"
+
+
+def test_environment_auto_is_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTBALANCE_BACKEND", "auto")
+    assert ran_by(terms()) == {"cpu"}
+
+
+def test_unknown_name_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTBALANCE_BACKEND", "gpu")
+    with pytest.raises(ValueError, match=r"ATTBALANCE_BACKEND.*reference, cpu, triton, cuda.*'gpu'"):
+        terms()
+
+
+def test_unavailable_name_in_the_environment(monkeypatch: pytest.MonkeyPatch, no_cpu_library: None) -> None:
+    monkeypatch.setenv("ATTBALANCE_BACKEND", "cpu")
+    with pytest.raises(BackendUnavailable, match="was not built"):
+        terms()
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(ValueError, match=r"backend.*auto, reference, cpu, triton, cuda.*'gpu'"):
+        terms("gpu")
+    with pytest.raises(ValueError, match=r"backend.*auto, reference, cpu, triton, cuda.*'gpu'"):
+        AttBalanceLoss(backend="gpu")
+
+
+def test_explicit_choice_that_cannot_run(no_cpu_library: None) -> None:
+    assert available_backends()["cpu"] == ["libattbalance_cpu.so was not built: install a compiler"]
+    with pytest.raises(BackendUnavailable, match=r"'cpu' cannot run here: libattbalance_cpu.so was not built"):
+        terms("cpu")
+    boxes = torch.rand(3, 4)
+    with pytest.raises(BackendUnavailable, match="was not built"):
+        AttBalanceLoss(backend="cpu")(terms("reference"), boxes, boxes)
+
+
+def test_cpu_kernels_refuse_other_devices() -> None:
+    with pytest.raises(BackendUnavailable, match="'cpu' cannot run here: the tensors are on meta"):
+        choose.choose("cpu", "meta")
+
+
+def test_unavailable_backends_give_their_reasons() -> None:
+    for name, reasons in available_backends().items():
+        if reasons:
+            with pytest.raises(BackendUnavailable) as caught:
+                terms(name)
+            assert all(reason in str(caught.value) for reason in reasons)
+
+
+def test_auto_falls_back_and_logs_once(no_cpu_library: None, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="attbalance_ext"):
+        found = [terms() for _ in range(3)]
+    assert all(same_bits(each.rac, terms("reference").rac) for each in found)
+    assert len(caplog.records) == 1
+    message = caplog.records[0].getMessage()
+    assert "'reference'" in message
+    assert "libattbalance_cpu.so was not built" in message
+
+
+def test_auto_does_not_log_when_nothing_is_missing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(choose, "_logged", set())
+    with caplog.at_level(logging.DEBUG, logger="attbalance_ext"):
+        terms()
+    assert not caplog.records
+
+
+def test_library_that_does_not_load_is_a_reason(tmp_path) -> None:
+    broken = tmp_path / "libattbalance_cpu.so"
+    assert "was not built" in ops._load(broken)[0]
+    broken.write_bytes(b"not a library")
+    (reason,) = ops._load(broken)
+    assert "does not load" in reason
+    assert torch.__version__ in reason
