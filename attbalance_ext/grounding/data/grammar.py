@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -70,25 +70,12 @@ def by_location(rng: np.random.Generator, scene: Scene, target: int) -> Descript
     """Some attributes, mostly too few, and a place that picks the target among those that share them."""
     traits = _some_traits(rng, scene, target)
     kind = _choose(rng, (Side, Side, Extreme, Corner, Corner, Center, Ordinal, Ordinal))
-    return _first_fitting(rng, scene, target, traits, _PLACES[kind])
+    return _first_fitting(scene, target, traits, _shuffled(rng, _PLACES[kind]))
 
 
 def by_relation(rng: np.random.Generator, scene: Scene, target: int) -> Description | None:
     """Some attributes, mostly too few, and where the target lies from one or two other objects."""
-    traits = _some_traits(rng, scene, target)
-    anchors = [_distinguish(rng, scene, i, ()) for i in _others(rng, scene, target)]
-    known = [anchor for anchor in anchors if anchor is not None]
-    kind = _choose(rng, (Beside, Beside, Beside, Beside, Between, Between, Between, Nearest))
-    far = rng.random() < 0.3
-    relations: list[Clause] = []
-    for index, anchor in enumerate(known):
-        if kind is Beside:
-            relations += [Beside(direction, anchor) for direction in DIRECTIONS]
-        elif kind is Nearest:
-            relations.append(Nearest(anchor, far))
-        else:
-            relations += [Between(anchor, other) for other in known[:index]]
-    return _first_fitting(rng, scene, target, traits, relations)
+    return _first_fitting(scene, target, _some_traits(rng, scene, target), _relations(rng, scene, target))
 
 
 def by_likeness(rng: np.random.Generator, scene: Scene, target: int) -> Description | None:
@@ -117,7 +104,7 @@ FLAVOURS: dict[str, Flavour] = {
         style=Style(("the", "the", ""), ("the",), terse=False, synonym=0.3, after_noun=0.1, link=0.0),
     ),
     "refcoco+": Flavour(
-        strategies=((0.55, by_attributes), (0.2, by_negation), (0.15, by_size), (0.1, by_likeness)),
+        strategies=((0.5, by_attributes), (0.2, by_negation), (0.18, by_size), (0.12, by_likeness)),
         style=Style(("the", "", "the only"), ("the",), terse=False, synonym=0.4, after_noun=0.3, link=0.0),
     ),
     "refcocog": Flavour(
@@ -171,19 +158,39 @@ def _some_traits(rng: np.random.Generator, scene: Scene, target: int) -> tuple[T
     return tuple(traits)
 
 
+def _relations(rng: np.random.Generator, scene: Scene, target: int) -> Iterator[Clause]:
+    """Relations of one kind to the other objects, in random order."""
+    kind = _choose(rng, (Beside, Beside, Beside, Beside, Between, Between, Between, Nearest))
+    far = rng.random() < 0.3
+    known: list[Description] = []
+    for index in _others(rng, scene, target):
+        anchor = _distinguish(rng, scene, index, ())
+        if anchor is None:
+            continue
+        if kind is Beside:
+            yield from (Beside(direction, anchor) for direction in _shuffled(rng, DIRECTIONS))
+        elif kind is Nearest:
+            yield Nearest(anchor, far)
+        else:
+            yield from (Between(anchor, other) for other in known)
+        known.append(anchor)
+
+
 def _first_fitting(
-    rng: np.random.Generator, scene: Scene, target: int, traits: tuple[Trait, ...], clauses: Iterable[Clause]
+    scene: Scene, target: int, traits: tuple[Trait, ...], clauses: Iterable[Clause]
 ) -> Description | None:
-    descriptions = [Description(traits, clause) for clause in clauses]
-    for i in rng.permutation(len(descriptions)):
-        if descriptions[int(i)].referent(scene) == target:
-            return descriptions[int(i)]
-    return None
+    """The traits with the first clause that makes them refer to ``target``."""
+    descriptions = (Description(traits, clause) for clause in clauses)
+    return next((d for d in descriptions if d.referent(scene) == target), None)
 
 
 def _others(rng: np.random.Generator, scene: Scene, target: int) -> list[int]:
     """The other objects in random order."""
-    return [int(i) for i in rng.permutation(len(scene.objects)) if i != target]
+    return [i for i in _shuffled(rng, range(len(scene.objects))) if i != target]
+
+
+def _shuffled(rng: np.random.Generator, values: Sequence[T]) -> list[T]:
+    return [values[int(i)] for i in rng.permutation(len(values))]
 
 
 def _choose(rng: np.random.Generator, values: Sequence[T]) -> T:

@@ -1,0 +1,124 @@
+"""The cache: damaged files are noticed, half-written ones never seen, several processes do not disturb each other."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from attbalance_ext.grounding.data import generate
+from attbalance_ext.grounding.data.cache import cache_directory, load_or_create, replace_file
+from attbalance_ext.grounding.data.dataset import load_arrays
+from attbalance_ext.grounding.data.names import BuiltinName
+
+ARRAYS = {"a": np.arange(5000), "b": np.ones((2, 3), np.float32)}
+
+
+def forbidden() -> dict[str, np.ndarray]:
+    raise AssertionError("generated although the cache is whole")
+
+
+def cut(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def flip(content: bytes) -> bytes:
+    middle = len(content) // 3
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def pickled(content: bytes) -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    np.savez(buffer, a=np.array([{}], dtype=object))
+    return buffer.getvalue()
+
+
+def test_a_whole_file_is_read_back(tmp_path: Path) -> None:
+    created = load_or_create(tmp_path / "deep" / "x.npz", lambda: ARRAYS)
+    read = load_or_create(tmp_path / "deep" / "x.npz", forbidden)
+    for arrays in (created, read):
+        assert arrays.keys() == ARRAYS.keys()
+        for name, array in ARRAYS.items():
+            assert arrays[name].dtype == array.dtype
+            assert np.array_equal(arrays[name], array)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, pickled, lambda _: b"", lambda _: b"not an archive" * 100])
+def test_a_damaged_file_is_made_again(damage, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "x.npz"
+    load_or_create(path, lambda: ARRAYS)
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    with caplog.at_level(logging.WARNING):
+        arrays = load_or_create(path, lambda: ARRAYS)
+    assert np.array_equal(arrays["a"], ARRAYS["a"])
+    (record,) = caplog.records
+    assert "x.npz is damaged" in record.getMessage()
+    assert "\n" not in record.getMessage()
+    assert np.array_equal(load_or_create(path, forbidden)["a"], ARRAYS["a"])
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"old")
+
+    def interrupted(file) -> None:
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        replace_file(path, interrupted)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def _generate(cache: Path, barrier, results) -> None:
+    generate.SCENES["val"] = 20
+    barrier.wait()
+    arrays = load_arrays(BuiltinName("refcoco", False), "val", cache=cache, progress=False)
+    results.put({name: array.tobytes() for name, array in arrays.items()})
+
+
+def test_two_processes_generate_the_same_bytes_at_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(2), context.Queue()
+    processes = [context.Process(target=_generate, args=(tmp_path, barrier, results)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    first, second = results.get(timeout=60), results.get(timeout=60)
+    for process in processes:
+        process.join(timeout=60)
+        assert process.exitcode == 0
+    assert first == second
+    (file,) = tmp_path.iterdir()
+    assert file.suffix == ".npz"
+
+
+def test_the_file_is_named_after_content_and_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(generate.SCENES, "val", 5)
+    for size in (64, 128):
+        load_arrays(BuiltinName("refcoco", True), "val", cache=tmp_path, size=size, progress=False)
+    monkeypatch.setattr("attbalance_ext.grounding.data.dataset.content_version", lambda: "other")
+    load_arrays(BuiltinName("refcoco", True), "val", cache=tmp_path, progress=False)
+    version = generate.content_version()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [
+            f"builtin-refcoco-hard-val-5x64-{version}.npz",
+            f"builtin-refcoco-hard-val-5x128-{version}.npz",
+            "builtin-refcoco-hard-val-5x64-other.npz",
+        ]
+    )
+
+
+def test_where_the_cache_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTBALANCE_CACHE", str(tmp_path / "chosen"))
+    assert cache_directory() == tmp_path / "chosen"
+    assert cache_directory(tmp_path) == tmp_path
+    monkeypatch.delenv("ATTBALANCE_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_directory() == tmp_path / ".cache" / "attbalance_ext"
