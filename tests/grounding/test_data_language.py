@@ -27,6 +27,7 @@ from attbalance_ext.grounding.data.expression import (
     Side,
     Trait,
 )
+from attbalance_ext.grounding.data.generate import generate
 from attbalance_ext.grounding.data.grammar import FLAVOURS
 from attbalance_ext.grounding.data.names import SPLITS, BuiltinName
 from attbalance_ext.grounding.data.scene import CANVAS, HARD, STANDARD, Backdrop, Scene, SceneObject, sample_scene
@@ -162,6 +163,22 @@ def test_negation_is_the_complement(seed: int, kind: str, data: st.DataObject) -
     assert fits & rest == 0
     assert fits | rest == scene.everything
     assert fits == sum(1 << i for i, item in enumerate(scene.objects) if getattr(item, kind) == value)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_needed_means_ambiguous_without_the_clause(flavour: str) -> None:
+    name = BuiltinName(flavour, False)
+    needed = np.concatenate([part["needed"] for part in generate(name, "val", 64, 40)])
+    pairs = examples(name, "val", 40)
+    for flag, (scene, reference) in zip(needed, pairs, strict=True):
+        fits = [
+            item
+            for item in scene.objects
+            if all((getattr(item, t.kind) == t.value) != t.negated for t in reference.description.traits)
+        ]
+        assert flag == (len(fits) > 1), reference
+    assert needed.any()
+    assert not needed.all()
 
 
 def test_flavours_keep_to_their_kind_of_language() -> None:

@@ -56,7 +56,8 @@ class _Speaker:
     def sentence(self, description: Description) -> str:
         clause = description.clause
         link = self.style.link if clause is not None and clause.group == "relation" else 0.0
-        noun = self._noun_phrase(description.traits, self.style.after_noun, relative=clause is None)
+        after_noun = 0.0 if isinstance(clause, Compared) else self.style.after_noun
+        noun = self._noun_phrase(description.traits, after_noun, relative=clause is None)
         if isinstance(clause, (Beside, Between)) and self.rng.random() < link:
             noun = f"{noun} {self._pick(lexicon.LINKS)}"
         text = noun if clause is None else self._clause_phrase(clause).format(n=noun, **self._anchors(clause))
@@ -88,7 +89,7 @@ class _Speaker:
         before = [t for kind in ("size", "texture", "colour") for t in traits if t.kind == kind and not t.negated]
         if self.style.terse:
             before = [before[int(i)] for i in self.rng.permutation(len(before))]
-        after = [f"{self._pick(lexicon.NEGATIONS)} {self._complement(trait)}" for trait in negated]
+        after = [f"{self._pick(lexicon.NEGATIONS)} {self._complement(trait, rare=False)}" for trait in negated]
         movable = [t for t in before if relative or t.kind == "texture"]
         if movable and not negated and self.rng.random() < after_noun:
             moved = movable[int(self.rng.integers(len(movable)))]
@@ -96,11 +97,12 @@ class _Speaker:
             after = [self._after(moved, relative)]
         return " ".join([*(self._pick(lexicon.ADJECTIVES[t.value]) for t in before), noun, *after])
 
-    def _complement(self, trait: Trait) -> str:
-        """What follows "is": an adjective, or a noun with its article."""
+    def _complement(self, trait: Trait, rare: bool = True) -> str:
+        """What follows "is": an adjective, or a noun with its article. Not ``rare``: never "not unstriped"."""
         if trait.kind == "shape":
             return _with_determiner("a", self._pick(lexicon.NOUNS[trait.value]))
-        return self._pick(lexicon.ADJECTIVES[trait.value])
+        adjectives = lexicon.ADJECTIVES[trait.value]
+        return self._pick(adjectives if rare else adjectives[:2])
 
     def _after(self, trait: Trait, relative: bool) -> str:
         if trait.kind == "texture" and (not relative or self.rng.random() < 0.6):
