@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -13,7 +14,8 @@ class StepClock:
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._marks: list[tuple] = []
+        self._begin: Any = None
+        self._marks: list[tuple[Any, Any]] = []
 
     def start(self) -> None:
         self._begin = self._now()
@@ -31,7 +33,7 @@ class StepClock:
         self._marks.clear()
         return median(times)
 
-    def _now(self) -> float | torch.cuda.Event:
+    def _now(self) -> Any:
         if not self._on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

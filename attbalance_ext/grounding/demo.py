@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,15 +18,19 @@ from attbalance_ext.grounding.train import LAST, Trainer
 PLAIN, FULL = "plain", "attbalance"
 
 
-def run_demo(settings: Settings, out: Path, *, cache: Path | None = None) -> list[Summary]:
+def run_demo(settings: Settings, out: Path, *, versions: Mapping[str, str], cache: Path | None = None) -> list[Summary]:
     """Train both runs in turns, evaluate them on the test split and write ``out``/report.html.
 
     The runs share initial weights, frozen image features, data order and number of steps. An unfinished demo of the
     same settings in ``out`` is continued; a finished or different one is replaced.
     """
-    trainers = _trainers({PLAIN: replace(settings, attbalance=False), FULL: replace(settings, attbalance=True)}, out, cache)
+    trainers = _trainers(
+        {PLAIN: replace(settings, attbalance=False), FULL: replace(settings, attbalance=True)}, out, cache
+    )
     fit(trainers)
-    return write_report([load_run(out / name) for name in trainers], out / "report.html", cache=cache)
+    return write_report(
+        [load_run(out / name) for name in trainers], out / "report.html", versions=versions, cache=cache
+    )
 
 
 def _trainers(runs: dict[str, Settings], out: Path, cache: Path | None) -> dict[str, Trainer]:

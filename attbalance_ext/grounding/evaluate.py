@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attbalance_ext import AttBalanceLoss, BoxRegion, attention_map, attention_terms, spearman_rho
+from attbalance_ext import AttBalanceLoss, BoxRegion, QueryAttention, attention_map, attention_terms, spearman_rho
 from attbalance_ext.grounding.models import GroundingModel
-from attbalance_ext.grounding.split import PreparedSplit
+from attbalance_ext.grounding.split import Batch, PreparedSplit
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,13 @@ def evaluate(
 @torch.no_grad()
 def attention_pictures(model: GroundingModel, split: PreparedSplit, indices: Tensor) -> tuple[Tensor, Tensor]:
     """The supervised map of every fusion layer (L, n, N) and the predicted boxes (n, 4) of some samples."""
-    (_, boxes, attention), = _walk(model, split, [indices])
+    ((_, boxes, attention),) = _walk(model, split, [indices])
     return attention_map(attention).cpu(), boxes.cpu()
 
 
-def _walk(model: GroundingModel, split: PreparedSplit, batches: list[Tensor]):
+def _walk(
+    model: GroundingModel, split: PreparedSplit, batches: list[Tensor]
+) -> Iterator[tuple[Batch, Tensor, QueryAttention]]:
     """(batch, predicted boxes of the last stage, attention of every layer) for each batch of indices."""
     training = model.training
     model.eval()

@@ -1,4 +1,7 @@
-"""Language-free pre-training of an image encoder: what lies in each cell, and where. The analogue of starting from DETR."""
+"""Language-free pre-training of an image encoder: what lies in each cell, and where.
+
+The analogue of starting from DETR's weights.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 from attbalance_ext import AttBalanceConfig, AttBalanceLoss, BoxRegion
 from attbalance_ext.grounding.data import VALUES, GroundingDataset, Objects
 from attbalance_ext.grounding.files import load_checkpoint, save_checkpoint
-from attbalance_ext.grounding.models.transvg import ConvEncoder
+from attbalance_ext.grounding.models.vision import ConvEncoder
 from attbalance_ext.grounding.order import DataOrder
 from attbalance_ext.grounding.progress import progress_bars
 
@@ -63,6 +66,10 @@ class CellTask(nn.Module):
     One linear layer on the cell's token: what pre-training teaches is then linearly readable for the fusion.
     """
 
+    targets: Tensor
+    boxes: Tensor
+    labels: Tensor
+
     def __init__(self, dim: int, objects: Objects, grid: tuple[int, int]) -> None:
         super().__init__()
         self.classes = [len(values) for values in VALUES.values()]
@@ -85,7 +92,7 @@ class CellTask(nn.Module):
 
 
 def cell_targets(objects: Objects, grid: tuple[int, int]) -> Tensor:
-    """(S, N) int64: the slot of the object whose box holds the cell's centre, or whose centre the cell holds; else -1."""
+    """(S, N) int64: the slot of the object whose box holds the cell's centre, or whose centre the cell holds; or -1."""
     height, width = grid
     scenes, slots = objects.present.shape
     boxes = objects.boxes.flatten(0, 1)
@@ -98,8 +105,8 @@ def cell_targets(objects: Objects, grid: tuple[int, int]) -> Tensor:
 
 
 def _fingerprint(encoder: ConvEncoder, dataset: GroundingDataset, steps: int) -> str:
-    """Changes with the scenes, the encoder's layout and the recipe, so that an old file is never taken for a new one."""
-    digest = hashlib.sha256(dataset.images.numpy())
+    """Changes with the scenes, the encoder's layout and the recipe, so that no old file is taken for a new one."""
+    digest = hashlib.sha256(dataset.images.numpy().tobytes())
     layout = [(name, tuple(value.shape)) for name, value in encoder.state_dict().items()]
     digest.update(repr((layout, steps, BATCH_SIZE, LEARNING_RATE, SEED)).encode())
     return digest.hexdigest()[:20]

@@ -14,7 +14,7 @@ from rich.progress import (
 
 
 def progress_bars() -> Progress:
-    """Bars with a name, a count, the time gone and left, and a free ``note``; on stderr, so that results can be piped."""
+    """Bars with a name, a count, the time gone and left, and a free ``note``; on stderr: results can be piped."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

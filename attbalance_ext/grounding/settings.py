@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from attbalance_ext import AttBalanceConfig
+from attbalance_ext import AttBalanceConfig, available_backends
 from attbalance_ext.grounding.errors import UserError
+from attbalance_ext.grounding.models import MODELS
+
+RULES = ("touch", "center", "coverage", "nearest")
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,10 @@ class Settings:
             raise UserError(f"terms_fraction must lie in [0, 1], got {self.terms_fraction}")
         if self.early_stop is not None and self.early_stop < 1:
             raise UserError(f"early_stop must be at least 1, got {self.early_stop}")
-        if self.device.split(":")[0] not in ("cpu", "cuda"):
-            raise UserError(f"unknown device {self.device!r}; there is: cpu, cuda")
+        _require_known("model", self.model, MODELS)
+        _require_known("rule", self.rule, RULES)
+        _require_known("backend", self.backend, ("auto", *available_backends()))
+        _require_known("device", self.device.split(":")[0], ("cpu", "cuda"))
 
     @property
     def terms_steps(self) -> int:
@@ -78,3 +84,9 @@ class Settings:
         if isinstance(loss.get("rho"), list):
             loss["rho"] = tuple(loss["rho"])
         return cls(**{**plain, "loss": AttBalanceConfig(**loss)})
+
+
+def _require_known(what: str, name: str, known: Iterable[str]) -> None:
+    """An unknown name is refused before any data is made."""
+    if name not in known:
+        raise UserError(f"unknown {what} {name!r}; there is: {', '.join(known)}")

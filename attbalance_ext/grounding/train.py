@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ class Trainer:
         self.teacher: MomentumTeacher | None = None
         if settings.terms_steps > 0:
             self.tap = self.model.make_tap()
-            self.teacher = MomentumTeacher(self.model, lambda model: model.make_tap(), settings.momentum)
+            self.teacher = MomentumTeacher(self.model, methodcaller("make_tap"), settings.momentum)
 
     @property
     def finished(self) -> bool:

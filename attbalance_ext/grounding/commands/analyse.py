@@ -16,8 +16,11 @@ from attbalance_ext.grounding.errors import UserError
 from attbalance_ext.grounding.evaluate import Evaluation, evaluate
 from attbalance_ext.grounding.runs import Run, load_run
 from attbalance_ext.grounding.split import PreparedSplit
+from attbalance_ext.info import environment
 
-RunArgument = Annotated[Path, typer.Argument(help="A run's folder (its best checkpoint counts), or one checkpoint file.")]
+RunArgument = Annotated[
+    Path, typer.Argument(help="A run's folder (its best checkpoint counts), or one checkpoint file.")
+]
 SplitOption = Annotated[str, typer.Option(help="Split to evaluate on; see 'attbalance data card'.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 
@@ -69,7 +72,9 @@ def rho(
     loaded = load_run(run, device=device)
     evaluation = _evaluate(loaded, split, cache)
     valid = evaluation.valid
-    table = Table("layer", "supervised", "in-box attention", "rho", "p-value", title=f"{run}, {loaded.settings.data} {split}")
+    table = Table(
+        "layer", "supervised", "in-box attention", "rho", "p-value", title=f"{run}, {loaded.settings.data} {split}"
+    )
     for layer, in_box in enumerate(evaluation.in_box):
         supervised = loaded.settings.attbalance and layer in loaded.model.supervised
         result = spearmanr(in_box[valid], evaluation.iou[valid])
@@ -97,7 +102,15 @@ def report(
     """
     from attbalance_ext.grounding.report import write_report
 
-    write_report([load_run(run) for run in runs], out, split=split, cache=cache, per_group=examples, seed=seed)
+    write_report(
+        [load_run(run) for run in runs],
+        out,
+        versions=environment(),
+        split=split,
+        cache=cache,
+        per_group=examples,
+        seed=seed,
+    )
     Console(stderr=True).print(f"wrote {out}", soft_wrap=True, highlight=False)
 
 

@@ -14,6 +14,7 @@ from attbalance_ext.grounding.demo import run_demo
 from attbalance_ext.grounding.fit import Interrupted
 from attbalance_ext.grounding.report.summary import Summary
 from attbalance_ext.grounding.settings import Settings
+from attbalance_ext.info import environment
 
 DEFAULT = Settings()
 
@@ -39,7 +40,7 @@ def demo(
     console = Console(stderr=True)
     settings = Settings(data=data, steps=steps, pretrain_steps=pretrain_steps, seed=seed)
     try:
-        summaries = run_demo(settings, out, cache=cache)
+        summaries = run_demo(settings, out, versions=environment(), cache=cache)
     except Interrupted:
         console.print(f"stopped; both checkpoints are in {out}; the same command goes on from there", highlight=False)
         raise typer.Exit(130) from None
@@ -50,8 +51,8 @@ def demo(
 def _table(summaries: list[Summary], settings: Settings) -> Table:
     table = Table(
         title=f"{settings.data}, test split, {summaries[0].samples} sentences, seed {settings.seed}",
-        caption="in-box: attention of the object query inside the true box, last fusion layer. Times: medians over steps;"
-        " the runs took turns step by step, AttBalance with its terms on.",
+        caption="in-box: attention of the object query inside the true box, last fusion layer. Times: medians over "
+        "steps; the runs took turns step by step, AttBalance with its terms on.",
     )
     table.add_column("run")
     for name in ("acc@0.5", "mean IoU", "in-box", "ms per step", "added by AttBalance"):
@@ -60,6 +61,11 @@ def _table(summaries: list[Summary], settings: Settings) -> Table:
     for row in summaries:
         added = f"{row.step_ms - plain:+.1f} ms ({100 * (row.step_ms / plain - 1):+.0f} %)" if row.attbalance else ""
         table.add_row(
-            row.name, f"{100 * row.acc50:.1f} %", f"{row.miou:.3f}", f"{row.in_box[-1]:.2f}", f"{row.step_ms:.1f}", added
+            row.name,
+            f"{100 * row.acc50:.1f} %",
+            f"{row.miou:.3f}",
+            f"{row.in_box[-1]:.2f}",
+            f"{row.step_ms:.1f}",
+            added,
         )
     return table

@@ -19,9 +19,9 @@ from attbalance_ext.info import environment, self_check
 
 def register(app: typer.Typer) -> None:
     app.command()(info)
-    app.command(
-        context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-    )(bench)
+    app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(
+        bench
+    )
 
 
 def info() -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from click.core import ParameterSource
 from rich.console import Console
 
 from attbalance_ext import AttBalanceConfig
@@ -78,11 +77,15 @@ def train(
     ] = None,
     attbalance: Annotated[
         bool,
-        typer.Option("--attbalance/--plain", help="With AttBalance, or the plain box loss.", rich_help_panel=_ATTBALANCE),
+        typer.Option(
+            "--attbalance/--plain", help="With AttBalance, or the plain box loss.", rich_help_panel=_ATTBALANCE
+        ),
     ] = True,
     terms_fraction: Annotated[
         float,
-        typer.Option(min=0, max=1, help="First part of the steps with the attention terms.", rich_help_panel=_ATTBALANCE),
+        typer.Option(
+            min=0, max=1, help="First part of the steps with the attention terms.", rich_help_panel=_ATTBALANCE
+        ),
     ] = DEFAULT.terms_fraction,
     momentum: Annotated[
         float, typer.Option(min=0, max=1, help="Of the teacher's moving average.", rich_help_panel=_ATTBALANCE)
@@ -213,7 +216,7 @@ def _refuse_other_options(context: typer.Context) -> None:
         f"--{name.replace('_', '-')}"
         for name in context.params
         if name not in ("resume", "cache")
-        and context.get_parameter_source(name) not in (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
+        and getattr(context.get_parameter_source(name), "name", "DEFAULT") != "DEFAULT"
     ]
     if given:
         raise UserError(f"--resume takes its settings from the checkpoint; leave out {', '.join(given)}")

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor, nn
 
 from attbalance_ext import AttentionTap
+from attbalance_ext.grounding.models.vision import ConvEncoder
 
 
 class GroundingModel(nn.Module, ABC):
@@ -26,7 +27,7 @@ class GroundingModel(nn.Module, ABC):
     layers: int
     """Number of layers in which the object query attends to the visual tokens."""
 
-    image_encoder: nn.Module | None
+    image_encoder: ConvEncoder | None
     """The frozen part that is pre-trained without language; None where nothing is."""
 
     supervised: tuple[int, ...]

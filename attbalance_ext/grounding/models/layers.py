@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,7 @@ class EncoderLayer(nn.Module):
         self.norm_attention = nn.LayerNorm(dim)
         self.attention = nn.MultiheadAttention(dim, heads, dropout=dropout, batch_first=True)
         self.norm_feedforward = nn.LayerNorm(dim)
-        self.feedforward = nn.Sequential(
-            nn.Linear(dim, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, dim)
-        )
+        self.feedforward = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, dim))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, tokens: Tensor, padding: Tensor | None = None, *, queries: int | None = None) -> Tensor:
@@ -56,6 +55,6 @@ class MLP(nn.Sequential):
     def __init__(self, dim: int, hidden: int, out: int, depth: int) -> None:
         widths = [dim, *[hidden] * (depth - 1), out]
         steps: list[nn.Module] = []
-        for source, target in zip(widths[:-1], widths[1:], strict=True):
+        for source, target in pairwise(widths):
             steps += [nn.Linear(source, target), nn.ReLU()]
         super().__init__(*steps[:-1])

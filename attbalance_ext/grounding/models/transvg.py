@@ -3,45 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from attbalance_ext import AttentionTap
 from attbalance_ext.grounding.models.base import GroundingModel
-from attbalance_ext.grounding.models.layers import MLP, EncoderLayer, sine_positions
-
-
-class ConvEncoder(nn.Module):
-    """Image to visual tokens: a convolutional stem of stride 8, 2-D positions, and transformer layers."""
-
-    stride = 8
-
-    def __init__(self, *, image_size: int, dim: int, heads: int, layers: int, hidden: int) -> None:
-        super().__init__()
-        if image_size % self.stride:
-            raise ValueError(f"image_size must be a multiple of {self.stride}, got {image_size}")
-        cells = image_size // self.stride
-        self.grid = (cells, cells)
-        self.dim = dim
-        half = dim // 2
-        self.stem = nn.Sequential(
-            _convolution(3, half, stride=2),
-            _convolution(half, dim, stride=2),
-            _convolution(dim, dim, stride=2),
-            _Residual(dim),
-        )
-        self.register_buffer("positions", sine_positions(cells, cells, dim), persistent=False)
-        self.layers = nn.ModuleList(EncoderLayer(dim, heads, hidden) for _ in range(layers))
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) uint8 -> (B, N, D)."""
-        pixels = images.float() / 127.5 - 1.0
-        tokens = self.stem(pixels).flatten(2).transpose(1, 2) + self.positions
-        for layer in self.layers:
-            tokens = layer(tokens)
-        return self.norm(tokens)
+from attbalance_ext.grounding.models.layers import MLP, EncoderLayer
+from attbalance_ext.grounding.models.vision import ConvEncoder
 
 
 class TextEncoder(nn.Module):
@@ -80,6 +50,8 @@ class TransVG(GroundingModel):
     * *Not every layer is supervised.* In the first fusion layer REG has seen neither image nor text, so its
       attention cannot follow the sentence; AttBalance supervises the layers after it.
     """
+
+    image_encoder: ConvEncoder
 
     def __init__(
         self,
@@ -143,8 +115,8 @@ class TransVG(GroundingModel):
     def make_tap(self, *, every_layer: bool = False) -> AttentionTap:
         chosen = range(self.layers) if every_layer else self.supervised
         height, width = self.image_encoder.grid
-        modules = [self.fusion[index].attention for index in chosen]
-        return AttentionTap(modules, query=0, visual=slice(-height * width, None))
+        layers = cast(Sequence[EncoderLayer], self.fusion)
+        return AttentionTap([layers[index].attention for index in chosen], query=0, visual=slice(-height * width, None))
 
     def train(self, mode: bool = True) -> TransVG:
         """As usual, except that the frozen image encoder stays in evaluation mode."""
@@ -156,21 +128,3 @@ class TransVG(GroundingModel):
 def transvg_tiny(**options: object) -> TransVG:
     """0.3 million parameters: learns the built-in benchmark on a laptop CPU in two minutes."""
     return TransVG(**options)  # type: ignore[arg-type]
-
-
-def _convolution(inputs: int, outputs: int, *, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
-    )
-
-
-class _Residual(nn.Module):
-    """x + two 3 x 3 convolutions of x."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.first = _convolution(dim, dim, stride=1)
-        self.second = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, bias=False), nn.BatchNorm2d(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(x + self.second(self.first(x)))

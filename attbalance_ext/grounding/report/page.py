@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from markupsafe import Markup
 
 from attbalance_ext.grounding.data import load_dataset
 from attbalance_ext.grounding.errors import UserError
-from attbalance_ext.grounding.evaluate import Evaluation, evaluate
+from attbalance_ext.grounding.evaluate import evaluate
 from attbalance_ext.grounding.files import write_text
 from attbalance_ext.grounding.report.charts import Line, line_chart
 from attbalance_ext.grounding.report.pictures import picture_groups
@@ -37,11 +35,19 @@ class Chart:
 
 
 def write_report(
-    runs: Sequence[Run], out: Path, *, split: str = "test", cache: Path | None = None, per_group: int = 4, seed: int = 0
+    runs: Sequence[Run],
+    out: Path,
+    *,
+    versions: Mapping[str, str],
+    split: str = "test",
+    cache: Path | None = None,
+    per_group: int = 4,
+    seed: int = 0,
 ) -> list[Summary]:
     """Evaluate ``runs`` on ``split`` and write the page to ``out``; gives back the rows of its table.
 
-    Runs are compared on the same sentences, so they must share their data set.
+    Runs are compared on the same sentences, so they must share their data set. ``versions``: what the page says
+    about software and machine, name to value.
     """
     settings = runs[0].settings
     if len(runs) > MAX_RUNS:
@@ -58,18 +64,22 @@ def write_report(
         splits.append(prepared)
         evaluations.append(evaluate(run.model, prepared, rule=run.settings.rule, backend=run.settings.backend))
     summaries = [summarize(run, evaluation) for run, evaluation in zip(runs, evaluations, strict=True)]
-    page = _environment().get_template("report.html").render(
-        headline=_headline(summaries),
-        data=settings.data,
-        split=split,
-        summaries=summaries,
-        learning=_learning_charts(runs),
-        in_box=_layer_charts(runs, "in_box", "attention in the true box", (0.0, 1.0)),
-        rho=_layer_charts(runs, "rho", "rho", (-0.2, 1.0)),
-        groups=picture_groups(runs, splits, evaluations, per_group=per_group, seed=seed),
-        settings=settings_table(list(runs)),
-        versions=_versions(),
-        written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    page = (
+        _environment()
+        .get_template("report.html")
+        .render(
+            headline=_headline(summaries),
+            data=settings.data,
+            split=split,
+            summaries=summaries,
+            learning=_learning_charts(runs),
+            in_box=_layer_charts(runs, "in_box", "attention in the true box", (0.0, 1.0)),
+            rho=_layer_charts(runs, "rho", "rho", (-0.2, 1.0)),
+            groups=picture_groups(runs, splits, evaluations, per_group=per_group, seed=seed),
+            settings=settings_table(list(runs)),
+            versions=versions,
+            written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        )
     )
     write_text(out, page)
     return summaries
@@ -125,19 +135,6 @@ def _lines(runs: Sequence[Run], kind: str, value: Any) -> list[Line]:
             [value(record) for record in run.history[kind]],
         )
         for index, run in enumerate(runs)
-    ]
-
-
-def _versions() -> list[tuple[str, str]]:
-    try:
-        ours = version("attbalance_ext")
-    except PackageNotFoundError:  # run from a checkout that was not installed
-        ours = "not installed"
-    return [
-        ("attbalance_ext", ours),
-        ("PyTorch", torch.__version__),
-        ("Python", platform.python_version()),
-        ("machine", f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads"),
     ]
 
 

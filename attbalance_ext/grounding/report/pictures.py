@@ -47,7 +47,12 @@ class Group:
 
 
 def picture_groups(
-    runs: Sequence[Run], splits: Sequence[PreparedSplit], evaluations: Sequence[Evaluation], *, per_group: int, seed: int
+    runs: Sequence[Run],
+    splits: Sequence[PreparedSplit],
+    evaluations: Sequence[Evaluation],
+    *,
+    per_group: int,
+    seed: int,
 ) -> list[Group]:
     """Examples for every outcome of the first run against the last one.
 
@@ -118,7 +123,7 @@ def _scene(image: Tensor) -> Image.Image:
     return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
 
 
-def _veil(attention: Tensor, grid: tuple[int, int]) -> Image.Image | str:
+def _veil(attention: Tensor, grid: tuple[int, int]) -> str:
     """One pixel per visual token: dark where the query does not look, clear where it looks most."""
     relative = (attention[: grid[0] * grid[1]] / attention.max()).reshape(grid)
     alpha = (217 * (1 - relative.sqrt())).round().to(torch.uint8)

@@ -1,0 +1,83 @@
+"""``attbalance data list | card | export``: the built-in benchmark."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from attbalance_ext.grounding.commands.train import CacheOption
+from attbalance_ext.grounding.data import FORMATS, SPLITS, card, export
+from attbalance_ext.grounding.data.grammar import FLAVOURS
+
+app = typer.Typer(help="The built-in benchmark: names, statistics, export.", no_args_is_help=True)
+
+NameArgument = Annotated[str, typer.Argument(help="Name of a data set, for example builtin:refcoco.")]
+SizeOption = Annotated[int, typer.Option(help="Side of the image in pixels.")]
+
+
+@app.command("list")
+def list_names() -> None:
+    """Name the data sets and their splits."""
+    for flavour in FLAVOURS:
+        print(f"builtin:{flavour:10} builtin:{flavour}-hard")
+    print(f"splits: {', '.join(SPLITS)}")
+
+
+@app.command("card")
+def show_card(
+    name: NameArgument,
+    size: SizeOption = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything, as JSON.")] = False,
+    cache: CacheOption = None,
+) -> None:
+    """Show the statistics of a data set: sizes, sentence lengths, boxes, chance level, what the words are needed for.
+
+    Example: attbalance data card builtin:refcoco
+    """
+    found = card(name, cache=cache, size=size)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    table = Table("", *found["splits"], title=f"{found['name']}, {size} px, version {found['content_version']}")
+    splits = found["splits"].values()
+    for name_of_row, values in (
+        ("scenes", [f"{split['scenes']}" for split in splits]),
+        ("sentences", [f"{split['sentences']}" for split in splits]),
+        ("distinct sentences", [f"{split['distinct_sentences']}" for split in splits]),
+        ("seen in training, word for word", [_percent(split["seen_in_train"]) for split in splits]),
+        ("words per sentence", [f"{split['words']['mean']:.1f}" for split in splits]),
+        ("objects per scene", [f"{split['objects']['mean']:.1f}" for split in splits]),
+        ("box area / image area, median", [f"{split['box_ratio']['quantiles']['0.5']:.3f}" for split in splits]),
+        ("chance: any object", [_percent(split["chance"]["any_object"]) for split in splits]),
+        ("chance: any of its shape", [_percent(split["chance"]["any_object_of_its_shape"]) for split in splits]),
+        *(
+            (f"{group} needed", [_percent(split["clauses"][group]["needed"]) for split in splits])
+            for group in found["splits"]["train"]["clauses"]
+        ),
+    ):
+        table.add_row(name_of_row, *values)
+    Console().print(table)
+
+
+@app.command("export")
+def export_files(
+    name: NameArgument,
+    root: Annotated[Path, typer.Argument(help="Folder to write to.")],
+    format: Annotated[str, typer.Option(help=f"One of {', '.join(FORMATS)}.")] = FORMATS[0],
+    size: SizeOption = 64,
+    cache: CacheOption = None,
+) -> None:
+    """Write a data set's images and annotations in a file format of real data.
+
+    Example: attbalance data export builtin:refcoco out --format refer
+    """
+    print(export(name, root, format, cache=cache, size=size))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"

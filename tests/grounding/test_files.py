@@ -1,0 +1,91 @@
+"""Checkpoints are whole or not there, and never programs."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from attbalance_ext.grounding import files
+from attbalance_ext.grounding.errors import UserError
+from attbalance_ext.grounding.files import load_checkpoint, save_checkpoint
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "a.pt"
+    save_checkpoint(path, {"weights": torch.arange(3.0), "name": "x", "nested": [{"a": 1.5, "none": None}]})
+    state = load_checkpoint(path)
+    assert torch.equal(state["weights"], torch.arange(3.0))
+    assert state["nested"] == [{"a": 1.5, "none": None}]
+
+
+@pytest.mark.parametrize("moment", ["write", "sync", "rename"])
+def test_a_failure_leaves_the_old_checkpoint_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, {"step": 1})
+
+    def write_half(state: object, file: object) -> None:
+        file.write(b"half a checkpoint")  # type: ignore[attr-defined]
+        raise OSError("no space left on device")
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    target = {"write": (files.torch, "save", write_half), "sync": (files.os, "fsync", fail)}
+    monkeypatch.setattr(*target.get(moment, (files.os, "replace", fail)))
+    with pytest.raises(OSError, match="no space left"):
+        save_checkpoint(path, {"step": 2})
+    monkeypatch.undo()
+    assert load_checkpoint(path)["step"] == 1
+    assert os.listdir(tmp_path) == ["a.pt"]
+
+
+class Hostile:
+    """A pickle that creates a file when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str, ...]]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("writer", ["pickle", "torch"])
+def test_a_hostile_checkpoint_runs_nothing(tmp_path: Path, writer: str) -> None:
+    path, proof = tmp_path / "evil.pt", tmp_path / "proof"
+    state = {"format": files.FORMAT, "model": Hostile(proof)}
+    if writer == "pickle":
+        path.write_bytes(pickle.dumps(state))
+    else:
+        torch.save(state, path)
+    with pytest.raises(UserError, match=r"evil\.pt"):
+        load_checkpoint(path)
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 truncated zip"])
+def test_damaged_files_are_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "bad.pt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"bad\.pt"):
+        load_checkpoint(path)
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "cut.pt"
+    save_checkpoint(path, {"weights": torch.randn(1000)})
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(UserError, match=r"cut\.pt"):
+        load_checkpoint(path)
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "old.pt"
+    torch.save({"format": files.FORMAT + 1}, path)
+    with pytest.raises(UserError, match="not a checkpoint of this version"):
+        load_checkpoint(path)
