@@ -19,7 +19,7 @@ from .scene import CANVAS, HARD, STANDARD, Scene, sample_scene
 
 SEEDS = {"train": 20_011, "val": 20_021, "test": 77_003, "test_novel": 77_017}
 """One seed per split. The scenes, grammar and trainer were designed by looking at train and val only."""
-SCENES = {"train": 8000, "val": 900, "test": 1200, "test_novel": 900}
+SCENES = {"train": 8000, "val": 1000, "test": 1200, "test_novel": 900}
 SENTENCES_PER_SCENE = 3
 ATTEMPTS = 6
 """How often a description of one object is attempted before another object is taken."""
