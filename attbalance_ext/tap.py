@@ -43,9 +43,13 @@ class AttentionTap:
     Gradients reach the layer's input and its query and key projections, as if the attention were computed explicitly.
     The hooks stay on the modules until :meth:`remove`. Deep copies and pickles of the model carry inert ones, and a
     copy of the tap itself counts as removed: tap the copy anew. The layers' ``key_padding_mask`` becomes the
-    recording's ``padding``; an ``attn_mask`` is not read. Tap a model before `torch.compile` sees it for the first
-    time: compiled code does not notice hooks that come later.
+    recording's ``padding``; an ``attn_mask`` is not read.
     Not valid for hosts with rotary embeddings inside attention: there, build :class:`QueryAttention` from q and k.
+
+    `torch.compile`: tap a model before its first compiled call, since compiled code does not notice hooks that come
+    later. Activation checkpointing needs ``use_reentrant=False``; inside ``fullgraph=True`` also
+    ``torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True``, as PyTorch's own message says, since
+    a recording is a side effect.
 
     Args:
         modules: the L attention layers in order, sequence- or batch-first, self- or cross-attention.
@@ -114,8 +118,8 @@ class AttentionTap:
         missing = [position for position, record in enumerate(records) if record is None]
         if missing:
             raise RuntimeError(
-                f"no recording of layer(s) {missing}: run the model inside `with tap.recording():` first, "
-                "and fetch each recording once"
+                f"no recording of layer(s) {missing}: run the model inside `with tap.recording():`, fetch each "
+                "recording once, and tap a model before its first compiled call"
             )
         recorded = [record for record in records if record is not None]
         return QueryAttention(
