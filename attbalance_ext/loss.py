@@ -136,6 +136,8 @@ class AttBalanceLoss(nn.Module):
             TypeError, ValueError: wrong types, ranks, shapes or devices; the message names the argument.
         """
         pred, target = _boxes(pred_boxes, target_boxes)
+        if terms is not None:
+            _check_terms(terms, target)
         batch = target.shape[0]
         dtypes = (pred.dtype, target.dtype if terms is None else terms.rac.dtype)
         dtype = torch.float64 if torch.float64 in dtypes else torch.float32
@@ -149,7 +151,6 @@ class AttBalanceLoss(nn.Module):
             valid = target.new_ones(batch, dtype=torch.bool)
             rho = None
         else:
-            _check_terms(terms, target)
             in_box, rac, mrc = terms.in_box.detach().to(dtype), terms.rac.to(dtype), terms.mrc.to(dtype)
             valid = terms.valid
             rho = self._rho(in_box, valid, pred, target)
@@ -281,3 +282,5 @@ def _check_terms(terms: AttentionTerms, target: Tensor) -> None:
         raise ValueError(
             f"terms.valid must be (B,) = ({target.shape[0]},) bool, got {terms.valid.dtype} {tuple(terms.valid.shape)}"
         )
+    if terms.valid.device != target.device:
+        raise ValueError(f"terms.valid must be on {target.device} like target_boxes, got {terms.valid.device}")

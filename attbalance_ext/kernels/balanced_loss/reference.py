@@ -130,7 +130,7 @@ def spearman_rho(x: Tensor, y: Tensor, valid: Tensor) -> Tensor:
 
 def _average_ranks(values: Tensor, kept: Tensor) -> Tensor:
     """Ranks 1.. of the kept entries of each row, ties sharing their mean rank; float64. Others: meaningless."""
-    values = torch.where(kept, values, torch.inf)  # sorts behind every kept entry
+    values = torch.where(kept, values, torch.inf).contiguous()  # infinity sorts behind every kept entry
     ordered = values.sort(-1).values
     below = torch.searchsorted(ordered, values)
     up_to = torch.searchsorted(ordered, values, right=True)
