@@ -32,7 +32,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError:
         raise UserError(f"{path} is refused: it holds more than tensors and plain values, or is damaged") from None
     except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path} cannot be read as a checkpoint: {error or 'the file is empty'}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this version (format {FORMAT})")
     return state

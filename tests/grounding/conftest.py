@@ -1,4 +1,4 @@
-"""A grounding problem small enough to train on within a test, and the trainer on it."""
+"""Fixtures of the trainer's tests."""
 
 from __future__ import annotations
 
@@ -8,58 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_toy import ToyDataset, toy_settings
 
 from attbalance_ext.grounding.data import Vocabulary
 from attbalance_ext.grounding.models import build_model
-from attbalance_ext.grounding.settings import Settings
 from attbalance_ext.grounding.split import PreparedSplit
 from attbalance_ext.grounding.train import Trainer
-
-COLOURS = ("red", "green", "blue")
-
-
-class ToyDataset:
-    """A data set as the trainer reads it: a coloured square in each half of 32 x 32 pixels, a sentence for each."""
-
-    def __init__(self, scenes: int) -> None:
-        generator = torch.Generator().manual_seed(5)
-        self.images = torch.randint(0, 40, (scenes, 3, 32, 32), generator=generator).to(torch.uint8)
-        self.sentences: list[str] = []
-        boxes = []
-        for scene in range(scenes):
-            colours = torch.randperm(3, generator=generator)[:2].tolist()
-            for half, colour in enumerate(colours):
-                x = 16 * half + int(torch.randint(0, 7, (), generator=generator))
-                y = int(torch.randint(0, 23, (), generator=generator))
-                self.images[scene, colour, y : y + 9, x : x + 9] = 255
-                self.sentences.append(f"the {COLOURS[colour]} square")
-                boxes.append([(x + 4.5) / 32, (y + 4.5) / 32, 9 / 32, 9 / 32])
-        self.boxes = torch.tensor(boxes)
-        self.box_ratio = self.boxes[:, 2] * self.boxes[:, 3]
-        self.scene_index = torch.arange(scenes).repeat_interleave(2)
-
-
-def toy_settings(**changes: Any) -> Settings:
-    small = {"dim": 32, "heads": 2, "hidden": 32, "layers": 3, "supervised": [1, 2], "max_words": 6, "dropout": 0.1}
-    defaults: dict[str, Any] = {
-        "size": 32,
-        "steps": 24,
-        "batch_size": 8,
-        "warmup_steps": 4,
-        "validate_every": 12,
-        "pretrain_steps": 0,
-        "model_options": small,
-    }
-    return Settings(**{**defaults, **changes})
 
 
 @pytest.fixture
 def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
     """A trainer on the toy problem; settings by keyword."""
 
-    def make(directory: str = "run", **changes: Any) -> Trainer:
+    def make(directory: str = "run", *, scenes: int = 16, **changes: Any) -> Trainer:
         settings = toy_settings(**changes)
-        dataset = ToyDataset(scenes=16)
+        dataset = ToyDataset(scenes)
         vocabulary = Vocabulary.build(dataset.sentences)
         torch.manual_seed(settings.seed)
         model = build_model(settings.model, vocabulary_size=len(vocabulary), image_size=32, **settings.model_options)

@@ -55,6 +55,7 @@ class Hostile:
         return os.mkdir, (str(self.path),)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("writer", ["pickle", "torch"])
 def test_a_hostile_checkpoint_runs_nothing(tmp_path: Path, writer: str) -> None:
     path, proof = tmp_path / "evil.pt", tmp_path / "proof"

@@ -1,0 +1,174 @@
+"""The command line on a few scenes: mistakes are one line and exit code 2, and the commands work together."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from attbalance_ext import cli
+from attbalance_ext.grounding.data.generate import SCENES
+from attbalance_ext.grounding.files import load_checkpoint
+from attbalance_ext.grounding.runs import resume_run
+
+FEW_SCENES = {"train": 80, "val": 12, "test": 16, "test_novel": 4}
+SMALL = ["--steps", "8", "--batch-size", "8", "--validate-every", "4", "--pretrain-steps", "2"]
+
+
+@pytest.fixture(autouse=True)
+def few_scenes(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    for split, scenes in FEW_SCENES.items():
+        monkeypatch.setitem(SCENES, split, scenes)
+    monkeypatch.setenv("ATTBALANCE_CACHE", str(cache))
+
+
+def call(*arguments: str | Path) -> int:
+    """Run the command line in this process; gives back its exit code."""
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(sys, "argv", ["attbalance", *map(str, arguments)])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    finally:
+        monkey.undo()
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train", "--model", "nope"], "unknown model 'nope'; there is: transvg-tiny"),
+        (["train", "--data", "builtin:nope"], "builtin:refcoco, builtin:refcoco+"),
+        (["train", "--data", "nope"], "builtin:refcoco, builtin:refcoco+"),
+        (["train", "--rule", "nope"], "touch, center, coverage, nearest"),
+        (["train", "--backend", "nope"], "auto, reference, cpu"),
+        (["train", "--device", "tpu"], "cpu, cuda"),
+        (["train", "--size", "65"], "64 or 128"),
+        (["train", "--rho", "nope"], "batch, global, ema, off"),
+        (["train", "--difficulty-from", "nope"], "sum, mean, last"),
+        (["train", "--resume", "no-such-run"], "no checkpoint at no-such-run/last.pt"),
+        (["eval", "no-such-run"], "no run at no-such-run"),
+        (["rho", "no-such-run"], "no run at no-such-run"),
+        (["report", "no-such-run"], "no run at no-such-run"),
+        (["demo", "--data", "builtin:nope"], "builtin:refcoco, builtin:refcoco+"),
+        (["data", "card", "builtin:nope"], "builtin:refcoco, builtin:refcoco+"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call(*arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert says in printed.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [[], *[[c] for c in ("info", "train", "eval", "rho", "report", "demo", "data")]])
+def test_every_command_has_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(*arguments, "--help") == 0
+    assert "Usage" in capsys.readouterr().out
+
+
+def test_without_the_extra_the_command_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise ModuleNotFoundError(\"No module named 'typer'\", name='typer')\n")
+    result = subprocess.run(
+        [sys.executable, "-m", "attbalance_ext.cli", "info"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr.strip() == "attbalance: the command line needs 'typer': pip install 'attbalance_ext[train]'"
+
+
+def test_train_eval_rho_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "full"
+    assert call("train", "--out", run, *SMALL, "--alpha-ar", "0.5", "--rho", "0.1,0.2,0.3") == 0
+    settings = json.loads((run / "settings.json").read_text())
+    assert settings["loss"]["alpha_ar"] == 0.5
+    assert settings["loss"]["rho"] == [0.1, 0.2, 0.3]
+    assert {"last.pt", "best.pt", "history.json", "tensorboard"} <= {path.name for path in run.iterdir()}
+    capsys.readouterr()
+
+    assert call("eval", run, "--split", "test", "--json") == 0
+    metrics = json.loads(capsys.readouterr().out)
+    assert 0 <= metrics["acc50"] <= 1
+    assert len(metrics["in_box"]) == 4
+    assert call("rho", run) == 0
+    assert f"{metrics['rho'][-1]:+.3f}" in capsys.readouterr().out
+    assert call("report", run, "--out", tmp_path / "page.html") == 0
+    assert "Grounding report" in (tmp_path / "page.html").read_text()
+
+    assert call("train", "--out", run, *SMALL) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert call("train", "--resume", run, "--lr", "0.1") == 2
+    assert "leave out --lr" in capsys.readouterr().err
+    assert call("eval", run, "--split", "nope") == 2
+    assert "train, val, test, test_novel" in capsys.readouterr().err
+
+
+def test_demo_compares_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "demo"
+    assert call("demo", "--out", out, "--steps", "4", "--pretrain-steps", "2") == 0
+    table = capsys.readouterr().out
+    for expected in ("acc@0.5", "mean IoU", "in-box", "ms per step", "plain", "attbalance"):
+        assert expected in table
+    states = {name: load_checkpoint(out / name / "last.pt") for name in ("plain", "attbalance")}
+    assert not states["plain"]["settings"]["attbalance"]
+    assert states["attbalance"]["settings"]["attbalance"]
+    differing = [k for k, v in states["plain"]["settings"].items() if v != states["attbalance"]["settings"][k]]
+    assert differing == ["attbalance"]
+    assert "with and without AttBalance" in (out / "report.html").read_text()
+    assert call("demo", "--out", out, "--steps", "4", "--pretrain-steps", "2") == 0  # a finished demo is replaced
+
+
+LAUNCH = """
+import sys
+from attbalance_ext.grounding.data.generate import SCENES
+SCENES.update({scenes})
+from attbalance_ext.cli import main
+main()
+"""
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_resumes(
+    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    arguments = ["train", "--out", str(run), "--steps", "100000", "--validate-every", "5", "--batch-size", "4"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", LAUNCH.format(scenes=FEW_SCENES), *arguments, "--pretrain-steps", "0"],
+        env={**os.environ, "ATTBALANCE_CACHE": str(cache), "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (run / "history.json").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 130
+    said = re.search(
+        r"stopped at step (\d+); checkpoint: (\S+); continue with: attbalance train --resume (\S+)", message
+    )
+    assert said is not None, message
+    assert Path(said[2]) == run / "last.pt"
+    assert load_checkpoint(run / "last.pt")["step"] == int(said[1])
+    assert not list(run.glob(".*"))
+    resumed = resume_run(run, cache=cache)
+    resumed.advance()
+    assert resumed.step == int(said[1]) + 1
