@@ -1,4 +1,4 @@
-"""The ``attbalance`` command. Its commands live in ``grounding/commands`` and need the extra ``train``."""
+"""The ``attbalance`` command. Its commands, ``info`` excepted, need the extra ``train``: see ``grounding/commands``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("attbalance_ext"):
             raise
+        if sys.argv[1:] == ["info"]:
+            from attbalance_ext.info import print_report
+
+            raise SystemExit(0 if print_report() else 1) from None
         print(
             f"attbalance: the command line needs {error.name!r}: pip install 'attbalance_ext[train]'",
             file=sys.stderr,

@@ -59,6 +59,21 @@ def self_check() -> list[Check]:
     return checks
 
 
+def print_report() -> bool:
+    """Print the environment, the backends (or why they cannot run) and the self-check; False if a backend is wrong."""
+    for name, value in environment().items():
+        print(f"{name:15} {value}")
+    checks = {check.backend: check for check in self_check()}
+    print("\nbackends, with the worst relative error of any value or gradient against float64:")
+    for name, reasons in available_backends().items():
+        if name in checks:
+            verdict = "ok" if checks[name].passed else "WRONG: please report this"
+            print(f"  {name:10} {checks[name].error:.1e}  {verdict}")
+        else:
+            print(f"  {name:10} cannot run here: {'; '.join(reasons)}")
+    return all(check.passed for check in checks.values())
+
+
 def _run(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
     """Terms, loss and gradients of a fixed problem: L=2, B=3, N=100 (a 10 x 10 grid), D=64."""
     generator = torch.Generator().manual_seed(0)

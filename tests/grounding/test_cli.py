@@ -80,17 +80,28 @@ def test_every_command_has_help(arguments: list[str], capsys: pytest.CaptureFixt
     assert "Usage" in capsys.readouterr().out
 
 
-def test_without_the_extra_the_command_says_what_to_install(tmp_path: Path) -> None:
+def call_without_typer(tmp_path: Path, command: str) -> subprocess.CompletedProcess[str]:
     (tmp_path / "typer.py").write_text("raise ModuleNotFoundError(\"No module named 'typer'\", name='typer')\n")
-    result = subprocess.run(
-        [sys.executable, "-m", "attbalance_ext.cli", "info"],
+    return subprocess.run(
+        [sys.executable, "-m", "attbalance_ext.cli", command],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def test_without_the_extra_the_command_says_what_to_install(tmp_path: Path) -> None:
+    result = call_without_typer(tmp_path, "train")
     assert result.returncode == 2
     assert result.stderr.strip() == "attbalance: the command line needs 'typer': pip install 'attbalance_ext[train]'"
+
+
+def test_info_needs_no_extra(tmp_path: Path) -> None:
+    result = call_without_typer(tmp_path, "info")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert re.search(r"reference +\S+e-\d+  ok", result.stdout)
+    assert re.search(r"cuda +cannot run here: \S+", result.stdout)
 
 
 def test_train_eval_rho_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,13 +8,10 @@ import sys
 from pathlib import Path
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 import attbalance_ext
-from attbalance_ext import available_backends
 from attbalance_ext.grounding.errors import UserError
-from attbalance_ext.info import environment, self_check
+from attbalance_ext.info import print_report
 
 
 def register(app: typer.Typer) -> None:
@@ -29,20 +26,7 @@ def info() -> None:
 
     Exit code 1 when a backend disagrees with the reference.
     """
-    console = Console()
-    for name, value in environment().items():
-        console.print(f"{name:16} {value}", highlight=False)
-    table = Table("backend", "runs here", "worst relative error", title="backends", title_justify="left")
-    checks = {check.backend: check for check in self_check()}
-    for name, reasons in available_backends().items():
-        check = checks.get(name)
-        if check is None:
-            table.add_row(name, f"no: {'; '.join(reasons)}", "")
-        else:
-            table.add_row(name, "yes", f"{check.error:.1e} {'ok' if check.passed else 'TOO LARGE'}")
-    console.print(table)
-    if not all(check.passed for check in checks.values()):
-        raise typer.Exit(1)
+    raise typer.Exit(0 if print_report() else 1)
 
 
 def bench(context: typer.Context) -> None:
