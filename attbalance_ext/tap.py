@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -83,7 +84,7 @@ class AttentionTap:
         self._recording = False
         self._records: list[_Record | None] = [None] * len(modules)
         self._handles = [
-            module.register_forward_hook(_Hook(self, position), with_kwargs=True)
+            module.register_forward_hook(partial(self._observe, position), with_kwargs=True)
             for position, module in enumerate(modules)
         ]
 
@@ -138,7 +139,7 @@ class AttentionTap:
         self._records = [None] * len(self._records)
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state of copies and pickles, which have no hooks on any module."""
+        """The state of copies and pickles. The hooks in a copy of the model belong to such a copy of the tap."""
         return self.__dict__ | {
             "_attached": False,
             "_recording": False,
@@ -147,8 +148,15 @@ class AttentionTap:
         }
 
     def _observe(
-        self, position: int, module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        position: int,
+        module: nn.MultiheadAttention,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
     ) -> None:
+        if not self._attached:
+            return
         if not self._recording:
             # With gradients on, compute all the same: recomputation under activation checkpointing must meet the same
             # graph as the recorded forward pass. What cannot be read is the host's own business.
@@ -169,27 +177,6 @@ class AttentionTap:
                 f"layer {position} ran twice in one recording: fetch tap.attention() after each forward pass"
             )
         self._records[position] = record
-
-
-class _Hook:
-    """A forward hook that deep copies and pickles as an inert one: a copy of the model is not the tap's business."""
-
-    def __init__(self, tap: AttentionTap, position: int) -> None:
-        self.tap = tap
-        self.position = position
-
-    def __call__(
-        self, module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        self.tap._observe(self.position, module, args, kwargs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _InertHook, ()
-
-
-class _InertHook:
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        return None
 
 
 def _in_backward() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -123,21 +124,30 @@ def test_attention_weights_are_never_asked_for(mode: str, monkeypatch: pytest.Mo
     assert without == (0 if mode == "eval_no_grad" else len(layers))
 
 
+def flops(model: nn.Module, inputs: tuple[Any, ...]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        model(*inputs)
+    return counter.get_total_flops()
+
+
 def test_no_projection_of_all_tokens_is_computed_again() -> None:
     """The tap multiplies one token per sample, never N: that is the point of folding the projection."""
     model, layers, inputs = self_attention()
-
-    def flops() -> int:
-        with FlopCounterMode(display=False) as counter:
-            model(*inputs)
-        return counter.get_total_flops()
-
-    without = flops()
+    without = flops(model, inputs)
     tap = AttentionTap(layers)
     with tap.recording():
-        added = flops() - without
+        added = flops(model, inputs) - without
     batch, width = 2, 16
     assert 0 < added <= len(layers) * 2 * (2 * batch * width * width)  # W_q x and W_k^T q, for B tokens a layer
+
+
+def test_copies_and_passes_without_gradients_pay_nothing() -> None:
+    model, layers, inputs = self_attention()
+    without = flops(model, inputs)
+    AttentionTap(layers)
+    assert flops(copy.deepcopy(model), inputs) == without
+    with torch.no_grad():
+        assert flops(model, inputs) == without
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
