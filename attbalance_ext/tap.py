@@ -238,7 +238,7 @@ def _unnest(query: Tensor, key: Tensor, index: int, visual: slice) -> tuple[Tens
             f"got query={index}, visual={visual}; or build nn.TransformerEncoder with enable_nested_tensor=False"
         )
     lengths = [row.shape[0] for row in key.unbind()]
-    tokens = max(*lengths, visual.stop)
+    tokens = max([*lengths, visual.stop])
     dense_query = query.to_padded_tensor(0.0)
     dense_key = key.to_padded_tensor(0.0, (key.size(0), tokens, key.size(2)))
     padding = torch.arange(tokens, device=key.device) >= torch.tensor(lengths, device=key.device)[:, None]
