@@ -210,9 +210,11 @@ inline void store_first(K* p, Vec<A> v, int64_t count) {
 // Reductions.
 
 template <typename A, int kLanes>
-inline A sum_lanes(Lanes<A, kLanes> v) {
-    if constexpr (kLanes == 2) {
-        return v[0] + v[1];
+inline double sum_lanes(Lanes<A, kLanes> v) {
+    if constexpr (kLanes <= 4) {
+        double total = 0;
+        for (int i = 0; i < kLanes; ++i) total += static_cast<double>(v[i]);
+        return total;
     } else {
         Lanes<A, kLanes / 2> half[2];
         std::memcpy(half, &v, sizeof(v));
@@ -220,8 +222,9 @@ inline A sum_lanes(Lanes<A, kLanes> v) {
     }
 }
 
+/// The sum of all lanes; its last additions, of the largest numbers, in double.
 template <typename A>
-inline A sum(Vec<A> v) {
+inline double sum_in_double(Vec<A> v) {
     return sum_lanes<A, kWidth<A>>(v);
 }
 

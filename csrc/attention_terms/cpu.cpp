@@ -131,7 +131,7 @@ struct Layers {
         int64_t batch_stride;  // elements
         int64_t token_stride;
         Dtype dtype;
-        A scale;
+        double scale;
     };
     std::vector<Layer> layers;
     int64_t batch = 0, tokens = 0, dim = 0;
@@ -155,7 +155,7 @@ struct Layers {
                             "attbalance_ext: key is float64 exactly when query is");
             check(query[l], "query", kScalarType<A>, {batch, dim});
             layers.push_back({data<const A>(query[l]), data<const char>(k), k.stride(0), k.stride(1),
-                              dtype_of(k), static_cast<A>(scale[l])});
+                              dtype_of(k), scale[l]});
         }
     }
 
@@ -200,8 +200,11 @@ ForwardOutputs forward(const Tensors& query, const Tensors& key, const std::vect
     constexpr ScalarType kType = kScalarType<A>;
     const Tensor in_box = empty({layers, batch}, kType), rac = empty({layers, batch}, kType);
     const Tensor mrc = empty({layers, batch}, kType), valid = empty({batch}, ScalarType::Bool);
-    const Tensor scores = empty({layers, batch, tokens}, kType);
-    const Tensor teacher_scores = with_teacher ? empty({layers, batch, tokens}, kType) : empty({0}, kType);
+    const Tensor log_p = empty({layers, batch, tokens}, kType);
+    const Tensor log_t = with_teacher ? empty({layers, batch, tokens}, kType) : empty({0}, kType);
+    const Tensor scores = empty({layers, batch, tokens}, ScalarType::Double);
+    const Tensor teacher_scores =
+        with_teacher ? empty({layers, batch, tokens}, ScalarType::Double) : empty({0}, kType);
     const Tensor stats = empty({layers, batch, kStats}, kType);
     const Tensor key_means =
         need_key_means ? empty({layers, batch, kKeyMeans, dim}, kType) : empty({0}, kType);
@@ -227,24 +230,26 @@ ForwardOutputs forward(const Tensors& query, const Tensors& key, const std::vect
         chunk.out.keys = sum ? sum + kMeanOut * dim : nullptr;
         chunk.teacher.keys = sum ? sum + kMeanTeacher * dim : nullptr;
         chunk.teacher_poison = 0;
-        A* const teacher_row = with_teacher ? data<A>(teacher_scores) + row * tokens : nullptr;
+        double* const teacher_row = with_teacher ? data<double>(teacher_scores) + row * tokens : nullptr;
         if (with_teacher) {
             chunk.teacher_poison = kernels.scores[static_cast<int>(teacher.layers[l].dtype)](
                 teacher.attention(l, b, padded), begin, end, teacher_row);
         }
-        kernels.forward[static_cast<int>(student.layers[l].dtype)](student.attention(l, b, padded), begin,
-                                                                   end, weights.row(b, tokens), teacher_row,
-                                                                   data<A>(scores) + row * tokens, &chunk);
+        kernels.forward[static_cast<int>(student.layers[l].dtype)](
+            student.attention(l, b, padded), begin, end, weights.row(b, tokens), teacher_row,
+            data<double>(scores) + row * tokens, &chunk);
     };
     const auto finish_row = [&](int64_t row) {
         const int64_t b = row % batch;
         const RowResults<A> results = {
+            data<const double>(scores) + row * tokens,
+            with_teacher ? data<const double>(teacher_scores) + row * tokens : nullptr,
             data<A>(in_box) + row,
             data<A>(rac) + row,
             data<A>(mrc) + row,
             data<A>(stats) + row * kStats,
-            data<A>(scores) + row * tokens,
-            with_teacher ? data<A>(teacher_scores) + row * tokens : nullptr,
+            data<A>(log_p) + row * tokens,
+            with_teacher ? data<A>(log_t) + row * tokens : nullptr,
             need_key_means ? data<A>(key_means) + row * kKeyMeans * dim : nullptr,
         };
         kernels.finish(chunks.data() + row * splits, splits, tokens, dim, weights.states[b],
@@ -260,7 +265,7 @@ ForwardOutputs forward(const Tensors& query, const Tensors& key, const std::vect
     if (splits > 1) {
         for (int64_t row = 0; row < rows; ++row) finish_row(row);
     }
-    return {in_box, rac, mrc, valid, scores, teacher_scores, stats, key_means};
+    return {in_box, rac, mrc, valid, log_p, log_t, stats, key_means};
 }
 
 ForwardOutputs attention_terms(const Tensors& query, const Tensors& key, const std::vector<double>& scale,
@@ -291,13 +296,13 @@ template <typename A>
 BackwardOutputs backward(const Tensor& grad_in_box, const Tensor& grad_rac, const Tensor& grad_mrc,
                          const Tensors& query, const std::vector<double>& scale, const Tensor& region,
                          const Ints& grids, int64_t rule, const OptionalTensor& padding, const Tensor& in_box,
-                         const Tensor& scores, const Tensor& teacher_scores, const Tensor& stats,
+                         const Tensor& log_p, const Tensor& log_t, const Tensor& stats,
                          const Tensor& key_means, const Ints& key_dtype, const Flags& sequence_first,
                          const Flags& need_query, const Flags& need_key) {
     constexpr ScalarType kType = kScalarType<A>;
     const int64_t layers = static_cast<int64_t>(query.size());
-    STD_TORCH_CHECK(scores.dim() == 3, "attbalance_ext: scores must be (L, B, N)");
-    const int64_t batch = scores.size(1), tokens = scores.size(2), dim = query[0].size(1);
+    STD_TORCH_CHECK(log_p.dim() == 3, "attbalance_ext: scores must be (L, B, N)");
+    const int64_t batch = log_p.size(1), tokens = log_p.size(2), dim = query[0].size(1);
     for (const size_t entries :
          {scale.size(), key_dtype.size(), sequence_first.size(), need_query.size(), need_key.size()}) {
         STD_TORCH_CHECK(entries == query.size(), "attbalance_ext: every list must have one entry per layer");
@@ -307,10 +312,10 @@ BackwardOutputs backward(const Tensor& grad_in_box, const Tensor& grad_rac, cons
     check(grad_rac, "grad_rac", kType, {layers, batch});
     check(grad_mrc, "grad_mrc", kType, {layers, batch});
     check(in_box, "in_box", kType, {layers, batch});
-    check(scores, "scores", kType, {layers, batch, tokens});
+    check(log_p, "scores", kType, {layers, batch, tokens});
     check(stats, "stats", kType, {layers, batch, kStats});
-    const bool with_teacher = teacher_scores.dim() == 3;
-    if (with_teacher) check(teacher_scores, "teacher_scores", kType, {layers, batch, tokens});
+    const bool with_teacher = log_t.dim() == 3;
+    if (with_teacher) check(log_t, "teacher_scores", kType, {layers, batch, tokens});
     const bool with_means = std::find(need_query.begin(), need_query.end(), true) != need_query.end();
     if (with_means) check(key_means, "key_means", kType, {layers, batch, kKeyMeans, dim});
     check_region(region, grids, rule, batch, tokens, kType);
@@ -355,8 +360,8 @@ BackwardOutputs backward(const Tensor& grad_in_box, const Tensor& grad_rac, cons
                 static_cast<A>(scale[l]),
                 data<const A>(in_box)[row],
                 data<const A>(stats) + row * kStats,
-                data<const A>(scores) + row * tokens,
-                with_teacher ? data<const A>(teacher_scores) + row * tokens : nullptr,
+                data<const A>(log_p) + row * tokens,
+                with_teacher ? data<const A>(log_t) + row * tokens : nullptr,
                 weights.row(b, tokens),
                 padded ? padded + b * tokens : nullptr,
                 with_means ? data<const A>(key_means) + row * kKeyMeans * dim : nullptr,

@@ -62,25 +62,33 @@ inline void prefetch(const void* p, int64_t offset, int64_t bytes) {
     }
 }
 
+/// No float runs up more products than this before it is added to a double, whatever D and the vector width.
+constexpr int kMaxRun = 16;
+
 /// out[i] = scale * query . key[i] for kTokens keys at once, which share the loads of the query.
 template <typename A, typename K, int kTokens>
-inline void dot(const A* query, A scale, const K* const* key, int64_t dim, A* out) {
+inline void dot(const A* query, double scale, const K* const* key, int64_t dim, double* out) {
     constexpr int kStep = kWidth<A>;
-    Vec<A> total[kTokens] = {};
-    int64_t d = 0;
-    for (; d + kStep <= dim; d += kStep) {
-        const Vec<A> q = load<A>(query + d);
-        for (int i = 0; i < kTokens; ++i) total[i] += q * load<A>(key[i] + d);
+    double total[kTokens] = {};
+    for (int64_t d = 0; d < dim;) {
+        const int64_t stop = dim - d > kMaxRun * kStep ? d + kMaxRun * kStep : dim;
+        Vec<A> run[kTokens] = {};
+        for (; d + kStep <= stop; d += kStep) {
+            const Vec<A> q = load<A>(query + d);
+            for (int i = 0; i < kTokens; ++i) run[i] += q * load<A>(key[i] + d);
+        }
+        if (d < stop) {
+            const Vec<A> q = load_first<A>(query + d, stop - d);
+            for (int i = 0; i < kTokens; ++i) run[i] += q * load_first<A>(key[i] + d, stop - d);
+            d = stop;
+        }
+        for (int i = 0; i < kTokens; ++i) total[i] += sum_in_double<A>(run[i]);
     }
-    if (d < dim) {
-        const Vec<A> q = load_first<A>(query + d, dim - d);
-        for (int i = 0; i < kTokens; ++i) total[i] += q * load_first<A>(key[i] + d, dim - d);
-    }
-    for (int i = 0; i < kTokens; ++i) out[i] = scale * sum<A>(total[i]);
+    for (int i = 0; i < kTokens; ++i) out[i] = scale * total[i];
 }
 
 template <typename A, typename K>
-void dots(const Attention<A>& attention, const Block<K>& block, A* out) {
+void dots(const Attention<A>& attention, const Block<K>& block, double* out) {
     // The next block is on its way while this one is worked on: the processor's own prefetchers stop at page
     // ends, and rest while the weighted sums run from the cache.
     const int64_t next =
@@ -127,10 +135,10 @@ template <typename A, typename K>
 struct Members {
     int count = 0;
     const K* key[kMaxBlock];
-    alignas(kVectorBytes) A score[kBlockCapacity];
-    alignas(kVectorBytes) A weight[kBlockCapacity];
+    double score[kBlockCapacity];
+    A weight[kBlockCapacity];
 
-    void add(const K* k, A s, A w) {
+    void add(const K* k, double s, A w) {
         key[count] = k;
         score[count] = s;
         weight[count] = w;
@@ -143,31 +151,36 @@ void absorb(Members<A, K>* members, int64_t dim, OnlineSum<A>* online) {
     if (members->count == 0) return;
     constexpr int kStep = kWidth<A>;
     for (int i = members->count; i % kStep != 0; ++i) {
-        members->score[i] = -kInfinity<A>;
+        members->score[i] = -kInfinity<double>;
         members->weight[i] = 0;
     }
-    Vec<A> largest = splat(online->max);
-    for (int i = 0; i < members->count; i += kStep) {
-        const Vec<A> s = load<A>(members->score + i);
+    Vec<double> largest = splat(online->max);
+    for (int i = 0; i < members->count; i += kWidth<double>) {
+        const Vec<double> s = load<double>(members->score + i);
         largest = s > largest ? s : largest;
     }
-    const A new_max = max<A>(largest);
-    const A correction = static_cast<A>(::exp(static_cast<double>(online->max - new_max)));
+    const double new_max = max<double>(largest);
+    const double correction = ::exp(online->max - new_max);
     Vec<A> total = {};
     for (int i = 0; i < members->count; i += kStep) {
-        const Vec<A> w = load<A>(members->weight + i) * exp<A>(load<A>(members->score + i) - new_max);
+        A below[kStep];
+        for (int lane = 0; lane < kStep; ++lane)
+            below[lane] = static_cast<A>(members->score[i + lane] - new_max);
+        const Vec<A> w = load<A>(members->weight + i) * exp<A>(load<A>(below));
         store<A, A>(members->weight + i, w);
         total += w;
     }
-    online->sum = online->sum * static_cast<double>(correction) + static_cast<double>(sum<A>(total));
+    online->sum = online->sum * correction + sum_in_double<A>(total);
     online->max = new_max;
-    if (online->keys)
-        weighted_sum(members->key, members->weight, members->count, correction, dim, online->keys);
+    if (online->keys) {
+        weighted_sum(members->key, members->weight, members->count, static_cast<A>(correction), dim,
+                     online->keys);
+    }
 }
 
 template <typename A>
 void start(int64_t dim, OnlineSum<A>* online) {
-    online->max = -kInfinity<A>;
+    online->max = -kInfinity<double>;
     online->sum = 0;
     if (online->keys) {
         for (int64_t d = 0; d < dim; ++d) online->keys[d] = 0;
@@ -175,17 +188,13 @@ void start(int64_t dim, OnlineSum<A>* online) {
 }
 
 template <typename A, typename K>
-A scores(const Attention<A>& attention, int64_t begin, int64_t end, A* scores) {
+double scores(const Attention<A>& attention, int64_t begin, int64_t end, double* scores) {
     const int step = block_tokens<K>(attention.dim);
-    A poison = 0;
-    A score[kMaxBlock];
+    double poison = 0;
+    double score[kMaxBlock];
     Block<K> block;
     for (int64_t j = begin; j < end; j += step) {
-        const int64_t stop = j + step < end ? j + step : end;
-        if (attention.padding) {
-            for (int64_t i = j; i < stop; ++i) scores[i] = 0;
-        }
-        collect(attention, j, stop, &block);
+        collect(attention, j, j + step < end ? j + step : end, &block);
         dots(attention, block, score);
         for (int i = 0; i < block.count; ++i) {
             scores[block.token[i]] = score[i];
@@ -197,21 +206,17 @@ A scores(const Attention<A>& attention, int64_t begin, int64_t end, A* scores) {
 
 template <typename A, typename K>
 void forward(const Attention<A>& attention, int64_t begin, int64_t end, const A* weight,
-             const A* teacher_scores, A* scores, Chunk<A>* chunk) {
+             const double* teacher_scores, double* scores, Chunk<A>* chunk) {
     const int step = block_tokens<K>(attention.dim);
     const bool with_teacher = teacher_scores != nullptr;
     start(attention.dim, &chunk->in);
     start(attention.dim, &chunk->out);
     start(attention.dim, &chunk->teacher);
     chunk->poison = 0;
-    A score[kMaxBlock];
+    double score[kMaxBlock];
     Block<K> block;
     for (int64_t j = begin; j < end; j += step) {
-        const int64_t stop = j + step < end ? j + step : end;
-        if (attention.padding) {
-            for (int64_t i = j; i < stop; ++i) scores[i] = 0;
-        }
-        collect(attention, j, stop, &block);
+        collect(attention, j, j + step < end ? j + step : end, &block);
         dots(attention, block, score);
         Members<A, K> in, out, teacher;
         for (int i = 0; i < block.count; ++i) {
@@ -230,35 +235,36 @@ void forward(const Attention<A>& attention, int64_t begin, int64_t end, const A*
 }
 
 /// The chunks' sums of one kind as one sum, relative to the largest score of all.
-template <typename A>
 struct Merged {
-    A max = -kInfinity<A>;
+    double max = -kInfinity<double>;
     double sum = 0;
+
+    /// The sum relative to another maximum, not below this one.
+    double relative_to(double other) const { return sum != 0 ? sum * ::exp(max - other) : 0.0; }
 };
 
 template <typename A>
-Merged<A> merge(const Chunk<A>* chunks, int64_t count, OnlineSum<A> Chunk<A>::* which) {
-    Merged<A> merged;
+Merged merge(const Chunk<A>* chunks, int64_t count, OnlineSum<A> Chunk<A>::* which) {
+    Merged merged;
     for (int64_t c = 0; c < count; ++c) {
-        const A max = (chunks[c].*which).max;
+        const double max = (chunks[c].*which).max;
         if (max > merged.max) merged.max = max;
     }
     for (int64_t c = 0; c < count; ++c) {
         const OnlineSum<A>& part = chunks[c].*which;
-        if (part.sum != 0) merged.sum += part.sum * ::exp(static_cast<double>(part.max - merged.max));
+        if (part.sum != 0) merged.sum += part.sum * ::exp(part.max - merged.max);
     }
     return merged;
 }
 
-/// mean = factor * sum over the chunks of their key sums, brought to the merged maximum. May overwrite a
+/// mean = sum over the chunks of their key sums, relative to `max`, divided by `total`. May overwrite a
 /// chunk's sums.
 template <typename A>
-void merge_keys(const Chunk<A>* chunks, int64_t count, OnlineSum<A> Chunk<A>::* which, A max, double factor,
-                int64_t dim, A* mean) {
+void merge_keys(const Chunk<A>* chunks, int64_t count, OnlineSum<A> Chunk<A>::* which, double max,
+                double total, int64_t dim, A* mean) {
     for (int64_t c = 0; c < count; ++c) {
         const OnlineSum<A>& part = chunks[c].*which;
-        const double relative = part.sum != 0 ? ::exp(static_cast<double>(part.max - max)) : 0.0;
-        const A share = static_cast<A>(factor * relative);
+        const A share = part.sum != 0 ? static_cast<A>(::exp(part.max - max) / total) : A(0);
         if (c == 0) {
             for (int64_t d = 0; d < dim; ++d) mean[d] = share * part.keys[d];
         } else {
@@ -267,25 +273,39 @@ void merge_keys(const Chunk<A>* chunks, int64_t count, OnlineSum<A> Chunk<A>::* 
     }
 }
 
-/// scores -= shift where a token is not padding. The maximum goes first: what is left is small, so that log p
-/// keeps its digits where p matters.
+/// log p = score - lse, 0 at padding.
 template <typename A>
-void to_log_probabilities(A max, A log_sum, int64_t tokens, const bool* padding, A* scores) {
-    if (padding) {
-        for (int64_t j = 0; j < tokens; ++j) scores[j] = padding[j] ? 0 : (scores[j] - max) - log_sum;
-    } else {
-        for (int64_t j = 0; j < tokens; ++j) scores[j] = (scores[j] - max) - log_sum;
+void log_softmax(const double* scores, double log_sum_exp, int64_t tokens, const bool* padding, A* log_p) {
+    for (int64_t j = 0; j < tokens; ++j) {
+        log_p[j] = padding && padding[j] ? A(0) : static_cast<A>(scores[j] - log_sum_exp);
     }
 }
 
-/// t (e^x - 1 - x) with x = log p - log t, elementwise.
+/// KL(t || p) = sum_j t_j (e^x_j - 1 - x_j), x = log p - log t. x is formed in double: where teacher and
+/// student almost agree it is what is left of two large numbers.
 template <typename A>
-inline Vec<A> divergence(Vec<A> log_p, Vec<A> log_t) {
-    const Vec<A> x = log_p - log_t;
-    const Vec<A> t = exp<A>(log_t);
-    const Vec<A> far = exp<A>(log_p) - t - t * x;
-    const Vec<A> near = t * x * x * exp_remainder<A>(x);
-    return (x < 1) & (x > -1) ? near : far;
+A kl_divergence(const RowResults<A>& row, double log_sum_exp, double teacher_log_sum_exp, int64_t tokens,
+                const bool* padding) {
+    constexpr int kStep = kWidth<A>;
+    Vec<A> total = {};
+    for (int64_t j = 0; j < tokens; j += kStep) {
+        const int64_t count = tokens - j < kStep ? tokens - j : kStep;
+        A difference[kStep] = {}, log_p[kStep] = {}, log_t[kStep] = {};
+        for (int64_t i = 0; i < count; ++i) {
+            if (padding && padding[j + i]) continue;
+            const double s = row.scores[j + i] - log_sum_exp,
+                         t = row.teacher_scores[j + i] - teacher_log_sum_exp;
+            difference[i] = static_cast<A>(s - t);
+            log_p[i] = static_cast<A>(s);
+            log_t[i] = static_cast<A>(t);
+        }
+        const Vec<A> x = load<A>(difference);
+        const Vec<A> t = exp<A>(load<A>(log_t));
+        const Vec<A> far = exp<A>(load<A>(log_p)) - t - t * x;
+        const Vec<A> near = t * x * x * exp_remainder<A>(x);
+        total += (x < 1) & (x > -1) ? near : far;  // padding: x = 0, which adds 0
+    }
+    return static_cast<A>(sum_in_double<A>(total));
 }
 
 /// p - t = t expm1(x), elementwise.
@@ -297,74 +317,55 @@ inline Vec<A> difference(Vec<A> log_p, Vec<A> log_t, Vec<A> p) {
     return (x < 1) & (x > -1) ? near : p - t;
 }
 
-/// KL(t || p). Padding holds log p = log t = 0 and so adds exactly 0.
-template <typename A>
-A kl_divergence(const A* log_p, const A* log_t, int64_t tokens) {
-    constexpr int kStep = kWidth<A>;
-    Vec<A> total = {};
-    int64_t j = 0;
-    for (; j + kStep <= tokens; j += kStep) total += divergence<A>(load<A>(log_p + j), load<A>(log_t + j));
-    if (j < tokens) {
-        total += divergence<A>(load_first<A>(log_p + j, tokens - j), load_first<A>(log_t + j, tokens - j));
-    }
-    return sum<A>(total);
-}
-
 template <typename A>
 void finish(const Chunk<A>* chunks, int64_t count, int64_t tokens, int64_t dim, RegionState region,
             const bool* padding, const RowResults<A>& results) {
-    const Merged<A> in = merge(chunks, count, &Chunk<A>::in);
-    const Merged<A> out = merge(chunks, count, &Chunk<A>::out);
-    const Merged<A> teacher = merge(chunks, count, &Chunk<A>::teacher);
-    A poison = 0, teacher_poison = 0;
+    const Merged in = merge(chunks, count, &Chunk<A>::in);
+    const Merged out = merge(chunks, count, &Chunk<A>::out);
+    const Merged teacher = merge(chunks, count, &Chunk<A>::teacher);
+    double poison = 0, teacher_poison = 0;
     for (int64_t c = 0; c < count; ++c) {
         poison += chunks[c].poison;
         teacher_poison += chunks[c].teacher_poison;
     }
     const bool any_token = in.sum != 0 || out.sum != 0;
 
-    const A max = in.max > out.max ? in.max : out.max;
-    const double in_relative = in.sum != 0 ? ::exp(static_cast<double>(in.max - max)) : 0.0;
-    const double out_relative = out.sum != 0 ? ::exp(static_cast<double>(out.max - max)) : 0.0;
-    const double total = in.sum * in_relative + out.sum * out_relative;
+    const double max = in.max > out.max ? in.max : out.max;
+    const double total = in.relative_to(max) + out.relative_to(max);
     const double log_total = any_token ? ::log(total) : 0.0;
-    const double out_of_box = any_token ? out.sum * out_relative / total : 0.0;
-    double in_box = 0.0, log_in_box = -kInfinity<double>;
+    const double log_sum_exp = any_token ? max + log_total + poison : 0.0;
+    const double out_of_box = any_token ? out.relative_to(max) / total : 0.0;
+    double in_box = 0, rac = 0, log_in_box = -kInfinity<double>;
     if (region == RegionState::kSome) {
-        in_box = in.sum * in_relative / total;
-        log_in_box = in_box > 0.5 ? ::log1p(-out_of_box)
-                                  : (static_cast<double>(in.max) - static_cast<double>(max)) + ::log(in.sum) -
-                                        log_total;
+        in_box = in.relative_to(max) / total + poison;
+        log_in_box =
+            in_box > 0.5 ? ::log1p(-out_of_box) : (in.max - max) + ::log(in.sum) - log_total + poison;
+        rac = 0 - 2 * log_in_box;
+    } else if (region == RegionState::kNotANumber) {
+        in_box = rac = log_in_box = kNaN<double>;
     }
-    A in_region_poison = region == RegionState::kEmpty ? 0 : poison;
-    if (region == RegionState::kNotANumber) in_region_poison = kNaN<A>;
-
-    *results.in_box = static_cast<A>(in_box) + in_region_poison;
-    *results.rac =
-        (region == RegionState::kEmpty ? 0 : static_cast<A>(0 - 2 * log_in_box)) + in_region_poison;
-    results.stats[kLogSumExp] = any_token ? static_cast<A>(static_cast<double>(max) + log_total) + poison : 0;
-    results.stats[kLogInBox] = static_cast<A>(log_in_box) + in_region_poison;
-    results.stats[kOutOfBox] = static_cast<A>(out_of_box) + poison + in_region_poison;
+    *results.in_box = static_cast<A>(in_box);
+    *results.rac = static_cast<A>(rac);
+    results.stats[kLogSumExp] = static_cast<A>(log_sum_exp);
+    results.stats[kLogInBox] = static_cast<A>(log_in_box);
+    results.stats[kOutOfBox] =
+        static_cast<A>(region == RegionState::kNotANumber ? kNaN<double> : out_of_box + poison);
     results.stats[kTeacherLogSumExp] = 0;
+    log_softmax(results.scores, log_sum_exp, tokens, padding, results.log_p);
 
-    to_log_probabilities(max, static_cast<A>(log_total) + poison, tokens, padding, results.scores);
     *results.mrc = 0;
-    if (results.teacher_scores && any_token) {
-        const double log_teacher = ::log(teacher.sum);
-        results.stats[kTeacherLogSumExp] =
-            static_cast<A>(static_cast<double>(teacher.max) + log_teacher) + teacher_poison;
-        to_log_probabilities(teacher.max, static_cast<A>(log_teacher) + teacher_poison, tokens, padding,
-                             results.teacher_scores);
-        *results.mrc = kl_divergence(results.scores, results.teacher_scores, tokens);
+    if (results.teacher_scores) {
+        const double teacher_log_sum_exp =
+            any_token ? teacher.max + ::log(teacher.sum) + teacher_poison : 0.0;
+        results.stats[kTeacherLogSumExp] = static_cast<A>(teacher_log_sum_exp);
+        log_softmax(results.teacher_scores, teacher_log_sum_exp, tokens, padding, results.log_t);
+        *results.mrc = kl_divergence(results, log_sum_exp, teacher_log_sum_exp, tokens, padding);
     }
 
     if (!results.key_means) return;
-    const double in_factor = in.sum != 0 ? 1 / in.sum : 0.0;
-    const double out_factor = out.sum != 0 ? out_relative / total : 0.0;
-    const double teacher_factor = teacher.sum != 0 ? 1 / teacher.sum : 0.0;
-    merge_keys(chunks, count, &Chunk<A>::in, in.max, in_factor, dim, results.key_means + kMeanIn * dim);
-    merge_keys(chunks, count, &Chunk<A>::out, out.max, out_factor, dim, results.key_means + kMeanOut * dim);
-    merge_keys(chunks, count, &Chunk<A>::teacher, teacher.max, teacher_factor, dim,
+    merge_keys(chunks, count, &Chunk<A>::in, in.max, in.sum, dim, results.key_means + kMeanIn * dim);
+    merge_keys(chunks, count, &Chunk<A>::out, max, total, dim, results.key_means + kMeanOut * dim);
+    merge_keys(chunks, count, &Chunk<A>::teacher, teacher.max, teacher.sum, dim,
                results.key_means + kMeanTeacher * dim);
 }
 
@@ -381,7 +382,7 @@ inline Vec<A> score_gradient_lanes(const RowGradient<A>& row, A a, Vec<A> log_p,
     const Vec<A> pin = m * exp<A>(m > 0 ? log_p - row.stats[kLogInBox] : Vec<A>{});
     // p - pin = p (1 - m) - A_out pin keeps its digits where A_in tends to 1.
     Vec<A> gradient = a * (p * (1 - m) - row.stats[kOutOfBox] * pin);
-    if (row.teacher_scores) gradient += row.grad_mrc * difference<A>(log_p, log_t, p);
+    if (row.log_t) gradient += row.grad_mrc * difference<A>(log_p, log_t, p);
     return row.scale * gradient;
 }
 
@@ -389,17 +390,17 @@ template <typename A>
 void score_gradient(const RowGradient<A>& row, int64_t tokens, A* coefficients) {
     constexpr int kStep = kWidth<A>;
     const A a = region_gradient(row);
-    const A* log_t = row.teacher_scores ? row.teacher_scores : row.scores;
+    const A* log_t = row.log_t ? row.log_t : row.log_p;
     int64_t j = 0;
     for (; j + kStep <= tokens; j += kStep) {
-        store<A, A>(coefficients + j, score_gradient_lanes<A>(row, a, load<A>(row.scores + j),
+        store<A, A>(coefficients + j, score_gradient_lanes<A>(row, a, load<A>(row.log_p + j),
                                                               load<A>(log_t + j), load<A>(row.weight + j)));
     }
     if (j < tokens) {
         const int64_t left = tokens - j;
         store_first<A, A>(
             coefficients + j,
-            score_gradient_lanes<A>(row, a, load_first<A>(row.scores + j, left),
+            score_gradient_lanes<A>(row, a, load_first<A>(row.log_p + j, left),
                                     load_first<A>(log_t + j, left), load_first<A>(row.weight + j, left)),
             left);
     }
@@ -418,7 +419,7 @@ void query_gradient(const RowGradient<A>& row, int64_t dim, A* grad_query) {
     const A* out = row.key_means + kMeanOut * dim;
     const A* teacher = row.key_means + kMeanTeacher * dim;
     for (int64_t d = 0; d < dim; ++d) grad_query[d] = row.scale * (a * (out[d] - out_of_box * in[d]));
-    if (!row.teacher_scores) return;
+    if (!row.log_t) return;
     for (int64_t d = 0; d < dim; ++d) {
         grad_query[d] += row.scale * (row.grad_mrc * (out[d] + row.in_box * in[d] - teacher[d]));
     }

@@ -10,11 +10,13 @@
 
 namespace attbalance {
 
-/// One query against the tokens of one sample. Scores are scale * query . key.
+/// One query against the tokens of one sample. Scores are scale * query . key, and are kept in double until
+/// the softmax has taken their maximum off: rounding a score of 50 to float would cost the KL divergence of a
+/// teacher that almost agrees its digits.
 template <typename A>
 struct Attention {
     const A* query;  // (D,)
-    A scale;
+    double scale;
     const void* key;      // token 0
     int64_t key_stride;   // elements from token to token; the D elements of a token are contiguous
     int64_t dim;          // D
@@ -25,7 +27,7 @@ struct Attention {
 /// keys.
 template <typename A>
 struct OnlineSum {
-    A max;       // -inf: no token yet
+    double max;  // -inf: no token yet
     double sum;  // sum_j w_j exp(s_j - max)
     A* keys;     // (D,) sum_j w_j exp(s_j - max) k_j, or null
 };
@@ -37,20 +39,22 @@ struct Chunk {
     OnlineSum<A> in;       // w_j = m_j
     OnlineSum<A> out;      // w_j = 1 - m_j
     OnlineSum<A> teacher;  // w_j = 1, with the teacher's scores over the student's keys
-    A poison;              // 0, or NaN where a student score is not finite
-    A teacher_poison;
+    double poison;         // 0, or NaN where a student score is not finite
+    double teacher_poison;
 };
 
-/// Where the results of a row go.
+/// The scores of a row, and where its results go.
 template <typename A>
 struct RowResults {
+    const double* scores;          // (N,), anything at padding
+    const double* teacher_scores;  // (N,) or null
     A* in_box;
     A* rac;
     A* mrc;
-    A* stats;           // (4,), see Stat
-    A* scores;          // (N,) in: scores; out: log p, 0 at padding
-    A* teacher_scores;  // (N,) in: scores; out: log t, 0 at padding. Null without a teacher
-    A* key_means;       // (3, D), see KeyMean, or null
+    A* stats;      // (4,), see Stat
+    A* log_p;      // (N,), 0 at padding
+    A* log_t;      // (N,), 0 at padding; null without a teacher
+    A* key_means;  // (3, D), see KeyMean, or null
 };
 
 /// A row of the backward pass.
@@ -61,25 +65,25 @@ struct RowGradient {
     A grad_mrc;
     A scale;
     A in_box;
-    const A* stats;           // (4,)
-    const A* scores;          // (N,) log p
-    const A* teacher_scores;  // (N,) log t, or null
-    const A* weight;          // (N,) m
-    const bool* padding;      // (N,) or null
-    const A* key_means;       // (3, D) or null
+    const A* stats;       // (4,)
+    const A* log_p;       // (N,)
+    const A* log_t;       // (N,) or null
+    const A* weight;      // (N,) m
+    const bool* padding;  // (N,) or null
+    const A* key_means;   // (3, D) or null
 };
 
 /// Arrays are indexed by the storage type of the keys (Dtype); entries that do not go with `A` are null.
 template <typename A>
 struct RowKernels {
-    /// Write the scores of tokens [begin, end), 0 at padding.
-    /// Returns 0, or NaN where one of them is not finite.
-    A (*scores[kDtypes])(const Attention<A>& attention, int64_t begin, int64_t end, A* scores);
+    /// Write the scores of the tokens in [begin, end) that are not padding. Returns 0, or NaN where one is
+    /// not finite.
+    double (*scores[kDtypes])(const Attention<A>& attention, int64_t begin, int64_t end, double* scores);
 
     /// The same scores, and the softmax sums and key sums of the chunk: reads each key from memory once.
     /// weight: (N,) m. teacher_scores: (N,) or null. The chunk's sums start from nothing.
     void (*forward[kDtypes])(const Attention<A>& attention, int64_t begin, int64_t end, const A* weight,
-                             const A* teacher_scores, A* scores, Chunk<A>* chunk);
+                             const double* teacher_scores, double* scores, Chunk<A>* chunk);
 
     /// Merge the chunks of a row, in order, into its terms and what the backward pass needs.
     void (*finish)(const Chunk<A>* chunks, int64_t count, int64_t tokens, int64_t dim, RegionState region,
