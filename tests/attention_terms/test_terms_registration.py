@@ -1,4 +1,4 @@
-"""`attention_terms` as registered operators: schemas, fakes, compilation."""
+"""`attention_terms` as registered operators: schemas, fakes, and what they compute when."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import pytest
 import torch
 from helpers import NATIVE, same_bits
 from helpers_attention import Problem, make_problem, solve
-from torch import Tensor
 
-from attbalance_ext import AttentionTerms, BoxRegion, attention_terms
+from attbalance_ext import BoxRegion
 from attbalance_ext.kernels.attention_terms.reference import RULES
 from attbalance_ext.kernels.ops import DTYPES
 
@@ -92,34 +91,3 @@ def test_only_what_is_needed_is_computed(backend: str) -> None:
     assert len(grad_key) == 2
     without_means = getattr(torch.ops.attbalance_ext.attention_terms, backend)(*forward_arguments(problem, False))
     assert without_means[-1].numel() == 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["reference", *NATIVE])
-def test_compiles_to_one_graph_for_any_batch(backend: str) -> None:
-    """fullgraph: no break. One compilation serves every batch size once the batch is marked dynamic."""
-    compilations = 0
-
-    def counting(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
-        nonlocal compilations
-        compilations += 1
-        return graph
-
-    def terms(query: Tensor, key: Tensor, boxes: Tensor) -> AttentionTerms:
-        from attbalance_ext import QueryAttention
-
-        return attention_terms(QueryAttention(query, key, 0.2), BoxRegion(boxes, (4, 5)), backend=backend)
-
-    torch._dynamo.reset()
-    compiled = torch.compile(terms, fullgraph=True, backend=counting)
-    for batch in (3, 5, 8):
-        query = torch.randn(batch, 16, requires_grad=True)
-        key = torch.randn(batch, 20, 16, requires_grad=True)
-        boxes = torch.rand(batch, 4)
-        for tensor in (query, key, boxes):
-            torch._dynamo.mark_dynamic(tensor, 0)
-        found, expected = compiled(query, key, boxes), terms(query, key, boxes)
-        assert all(map(same_bits, found, expected))
-        gradients = [torch.autograd.grad(t.rac.sum() + t.in_box.sum(), [query, key]) for t in (found, expected)]
-        assert all(map(same_bits, *gradients))
-    assert compilations == 1

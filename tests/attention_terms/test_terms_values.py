@@ -9,6 +9,8 @@ import torch
 from helpers import BACKENDS
 from helpers_attention import GRIDS, LAYOUTS, assert_solves, literal, make_problem, solve
 from helpers_pairwise import case_id, pairwise
+from hypothesis import given
+from hypothesis import strategies as st
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
@@ -74,6 +76,32 @@ def test_against_the_equations(case: dict[str, Any], backend: str) -> None:
     assert [g.dtype for g in solution.grad_query] == [q.dtype for q in problem.query]
     assert [g.dtype for g in solution.grad_key] == [k.dtype for k in problem.key]
     assert_solves(solution, literal(problem))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(
+    layers=st.integers(1, 3),
+    batch=st.integers(0, 4),
+    tokens=st.integers(1, 150),
+    width=st.integers(1, 70),
+    dtypes=st.sampled_from(list(DTYPES)),
+    layout=st.sampled_from(LAYOUTS),
+    region=st.sampled_from(FACTORS["region"]),
+    padded=st.booleans(),
+    spread=st.floats(0.01, 8),
+    teacher_distance=st.none() | st.floats(1e-3, 2),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape(backend: str, dtypes: str, teacher_distance: float | None, **options: Any) -> None:
+    query, key, teacher = DTYPES[dtypes]
+    problem = make_problem(
+        query_dtype=query,
+        key_dtype=key,
+        teacher_dtype=None if teacher_distance is None else teacher,
+        teacher_distance=teacher_distance or 0,
+        **options,
+    )
+    assert_solves(solve(problem, backend), literal(problem))
 
 
 def test_the_cases_cover_what_they_say() -> None:

@@ -159,33 +159,3 @@ def test_opcheck(backend: str, layers: int, batch: int, stages: int, plain: bool
     ]
     weights = [1.0, 5.0, 2.0, 1.0, 1.0, 0, False, True, True, plain]
     torch.library.opcheck(getattr(torch.ops.attbalance_ext.balanced_loss, backend), (*arguments, *weights))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_compiles_to_one_graph_for_any_batch(backend: str) -> None:
-    compilations = 0
-
-    def counting(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
-        nonlocal compilations
-        compilations += 1
-        return graph
-
-    criterion = AttBalanceLoss(backend=backend)
-
-    def loss(in_box: Tensor, rac: Tensor, mrc: Tensor, valid: Tensor, pred: Tensor, target: Tensor) -> Tensor:
-        return criterion(AttentionTerms(in_box, rac, mrc, valid), pred, target).loss
-
-    torch._dynamo.reset()
-    compiled = torch.compile(loss, fullgraph=True, backend=counting)
-    for batch in (3, 5, 8):
-        problem = make_loss_problem(batch=batch)
-        inputs = [problem.in_box, problem.rac, problem.mrc, problem.valid, problem.pred, problem.target]
-        for tensor in inputs:
-            torch._dynamo.mark_dynamic(tensor, 1 if tensor.shape[0] == 4 and tensor.dim() == 2 else 0)
-        problem.pred.requires_grad_()
-        found, expected = compiled(*inputs), loss(*inputs)
-        assert same_bits(found, expected)
-        gradients = [torch.autograd.grad(value, problem.pred)[0] for value in (found, expected)]
-        assert same_bits(*gradients)
-    assert compilations == 1
