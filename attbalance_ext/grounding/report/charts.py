@@ -9,8 +9,9 @@ from html import escape
 
 from markupsafe import Markup
 
-WIDTH, HEIGHT = 360, 220
-LEFT, RIGHT, TOP, BOTTOM = 40, 10, 10, 34
+WIDE, NARROW = (440, 230), (260, 190)
+"""(width, height) in units that are near a pixel where the page puts the chart: text keeps its size."""
+LEFT, RIGHT, TOP, BOTTOM = 36, 10, 10, 34
 MAX_POINTS = 80
 """More points than this are averaged in groups: a line is about 300 pixels wide."""
 
@@ -26,13 +27,19 @@ class Line:
 
 
 def line_chart(
-    lines: Sequence[Line], *, label: str, y_range: tuple[float, float] | None = None, shade_until: float | None = None
+    lines: Sequence[Line],
+    *,
+    label: str,
+    size: tuple[int, int] = WIDE,
+    y_range: tuple[float, float] | None = None,
+    shade_until: float | None = None,
 ) -> Markup:
     """An SVG of ``lines`` over training steps.
 
-    ``label`` describes the chart to a screen reader; ``y_range`` fixes the vertical axis; ``shade_until`` marks the
-    first part of the steps (where the attention terms are on).
+    ``label`` describes the chart to a screen reader; ``size`` is :data:`WIDE` or :data:`NARROW`; ``y_range`` fixes
+    the vertical axis; ``shade_until`` marks the first part of the steps (where the attention terms are on).
     """
+    width, height = size
     lines = [_thinned(line) for line in lines if len(line.x)]
     if not lines:
         return Markup('<p class="empty">no records</p>')
@@ -42,26 +49,26 @@ def line_chart(
     x_ticks, y_ticks = _ticks(0.0, x_high, 4), _ticks(low, high, 4)
 
     def across(x: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * x / (x_high or 1.0)
+        return LEFT + (width - LEFT - RIGHT) * x / (x_high or 1.0)
 
     def up(y: float) -> float:
-        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (y - low) / (high - low)
+        return height - BOTTOM - (height - TOP - BOTTOM) * (y - low) / (high - low)
 
-    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">']
+    parts = [f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">']
     if shade_until:
-        width = across(min(shade_until, x_high)) - LEFT
-        parts.append(f'<rect class="phase" x="{LEFT}" y="{TOP}" width="{width:.1f}" height="{HEIGHT - TOP - BOTTOM}"/>')
+        phase = across(min(shade_until, x_high)) - LEFT
+        parts.append(f'<rect class="phase" x="{LEFT}" y="{TOP}" width="{phase:.1f}" height="{height - TOP - BOTTOM}"/>')
     for tick in y_ticks:
         parts.append(
-            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{up(tick):.1f}" y2="{up(tick):.1f}"/>'
+            f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{up(tick):.1f}" y2="{up(tick):.1f}"/>'
             f'<text class="tick" x="{LEFT - 6}" y="{up(tick) + 3.5:.1f}" text-anchor="end">{tick:g}</text>'
         )
     for tick in x_ticks:
         parts.append(
-            f'<text class="tick" x="{across(tick):.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{tick:g}</text>'
+            f'<text class="tick" x="{across(tick):.1f}" y="{height - BOTTOM + 15}" text-anchor="middle">{tick:g}</text>'
         )
     parts.append(
-        f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}" text-anchor="middle">step</text>'
+        f'<text class="axis" x="{(LEFT + width - RIGHT) / 2}" y="{height - 3}" text-anchor="middle">step</text>'
     )
     for line in lines:
         points = [(across(x), up(y)) for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y)]

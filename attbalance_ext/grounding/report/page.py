@@ -16,7 +16,7 @@ from attbalance_ext.grounding.data import load_dataset
 from attbalance_ext.grounding.errors import UserError
 from attbalance_ext.grounding.evaluate import evaluate
 from attbalance_ext.grounding.files import write_text
-from attbalance_ext.grounding.report.charts import Line, line_chart
+from attbalance_ext.grounding.report.charts import NARROW, Line, line_chart
 from attbalance_ext.grounding.report.pictures import picture_groups
 from attbalance_ext.grounding.report.summary import Summary, settings_table, summarize
 from attbalance_ext.grounding.runs import Run
@@ -91,8 +91,8 @@ def _headline(summaries: list[Summary]) -> str | None:
         return None
     plain, full = summaries
     return (
-        f"With AttBalance, {100 * full.acc50:.1f} % of {full.samples:,} unseen sentences are grounded at IoU 0.5; "
-        f"the same model, data order and steps without it reach {100 * plain.acc50:.1f} %."
+        f"On {full.samples:,} unseen sentences, {100 * full.acc50:.1f} % are grounded at IoU 0.5 with AttBalance, and "
+        f"{100 * plain.acc50:.1f} % without it: the same model, initial weights, data order and steps."
     )
 
 
@@ -121,7 +121,7 @@ def _layer_charts(runs: Sequence[Run], key: str, label: str, y_range: tuple[floa
             lambda record, layer=layer: record[key][layer],
         )
         title = f"Layer {layer + 1}" + ("" if layer in supervised else ", not supervised")
-        svg = line_chart(lines, label=f"{label}, layer {layer + 1}", y_range=y_range, shade_until=shade)
+        svg = line_chart(lines, label=f"{label}, layer {layer + 1}", size=NARROW, y_range=y_range, shade_until=shade)
         charts.append(Chart(title, svg))
     return charts
 

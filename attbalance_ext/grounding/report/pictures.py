@@ -126,7 +126,7 @@ def _scene(image: Tensor) -> Image.Image:
 def _veil(attention: Tensor, grid: tuple[int, int]) -> str:
     """One pixel per visual token: dark where the query does not look, clear where it looks most."""
     relative = (attention[: grid[0] * grid[1]] / attention.max()).reshape(grid)
-    alpha = (217 * (1 - relative.sqrt())).round().to(torch.uint8)
+    alpha = (185 * (1 - relative.sqrt())).round().to(torch.uint8)
     pixels = torch.stack([torch.full_like(alpha, value) for value in (8, 10, 30)] + [alpha], dim=-1)
     return _data_uri(Image.fromarray(pixels.numpy(), "RGBA"))
 
