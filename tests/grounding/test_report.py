@@ -18,7 +18,7 @@ from attbalance_ext.grounding.data import Vocabulary
 from attbalance_ext.grounding.errors import UserError
 from attbalance_ext.grounding.evaluate import evaluate
 from attbalance_ext.grounding.report import page
-from attbalance_ext.grounding.report.charts import MAX_POINTS, Line, line_chart
+from attbalance_ext.grounding.report.charts import MAX_POINTS, WIDE, Line, line_chart
 from attbalance_ext.grounding.report.pictures import picture_groups
 from attbalance_ext.grounding.report.summary import settings_table, summarize
 from attbalance_ext.grounding.runs import Run, load_run
@@ -159,7 +159,7 @@ def test_charts_keep_their_points_inside_and_skip_what_is_not_a_number() -> None
     assert 0 < len(lines[0].split()) <= MAX_POINTS
     assert "nan" not in svg
     numbers = [float(number) for line in lines for point in line.split() for number in point.split(",")]
-    assert all(0 <= number <= 360 for number in numbers)
+    assert all(0 <= number <= WIDE[0] for number in numbers)
     assert "no records" in line_chart([Line("a", 0, [], [])], label="empty")
 
 

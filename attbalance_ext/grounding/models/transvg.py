@@ -45,10 +45,12 @@ class TransVG(GroundingModel):
     * *Positions in the values.* The position embedding is added to the fusion's input. TransVG adds it to queries
       and keys only, and learns to copy positions into the visual tokens through its trainable vision branch.
     * *Pre-norm* layers (TransVG: post-norm), which need less warm-up.
+    * *A query that has read the sentence.* REG starts as a learned vector plus the mean of the projected words; in
+      TransVG it is the learned vector alone, and has to find its words among hundreds of tokens first.
     * *Text from scratch*: one layer on word embeddings where TransVG has BERT.
     * *Image positions*: visual position embeddings start from 2-D sines; all others start random.
-    * *Not every layer is supervised.* In the first fusion layer REG has seen neither image nor text, so its
-      attention cannot follow the sentence; AttBalance supervises the layers after it.
+    * *Not every layer is supervised.* In the first fusion layer the visual tokens have not met the sentence and REG
+      has not met the image; AttBalance supervises the layers after it (the paper: the last 4 of 6).
     """
 
     image_encoder: ConvEncoder
@@ -96,17 +98,13 @@ class TransVG(GroundingModel):
 
     def forward(self, prepared: Tensor, words: Tensor, word_padding: Tensor) -> Tensor:
         batch, visual, _ = prepared.shape
-        text = self.text_projection(self.text_encoder(words, word_padding)) + self.text_positions[: words.shape[1]]
+        text = self.text_projection(self.text_encoder(words, word_padding))
+        reg = self.reg + _mean_of_words(text, word_padding)
+        text = text + self.text_positions[: words.shape[1]]
         image = self.visual_projection(prepared) + self.visual_positions
-        tokens = torch.cat([self.reg.expand(batch, 1, -1), text, image], dim=1)
-        padding = torch.cat(
-            [
-                word_padding.new_zeros(batch, 1),
-                word_padding,
-                word_padding.new_zeros(batch, visual),
-            ],
-            dim=1,
-        )
+        tokens = torch.cat([reg, text, image], dim=1)
+        never = word_padding.new_zeros(batch, 1)
+        padding = torch.cat([never, word_padding, never.expand(-1, visual)], dim=1)
         for layer in self.fusion[:-1]:
             tokens = layer(tokens, padding)
         tokens = self.fusion[-1](tokens, padding, queries=1)  # nothing else of the last layer is ever read
@@ -128,3 +126,9 @@ class TransVG(GroundingModel):
 def transvg_tiny(**options: object) -> TransVG:
     """0.3 million parameters: learns the built-in benchmark on a laptop CPU in two minutes."""
     return TransVG(**options)  # type: ignore[arg-type]
+
+
+def _mean_of_words(text: Tensor, padding: Tensor) -> Tensor:
+    """(B, T, D) -> (B, 1, D), padded words left out; 0 for a sentence without words."""
+    weight = (~padding).to(text.dtype)
+    return ((weight[..., None] * text).sum(1) / weight.sum(1, keepdim=True).clamp(min=1))[:, None]
