@@ -265,3 +265,23 @@ def worst_excess(solution: Solution, truth: Truth) -> dict[str, float]:
 def assert_solves(solution: Solution, truth: Truth) -> None:
     wrong = {name: ratio for name, ratio in worst_excess(solution, truth).items() if not ratio <= 1}
     assert not wrong, f"errors as multiples of what is allowed: {wrong}"
+
+
+def tensor_errors(solution: Solution, truth: Truth) -> dict[str, float]:
+    """For each result as one tensor: norm(error) / norm(truth), not counting 1e-6 of its natural size."""
+    found = {}
+    for name in ("in_box", "rac", "mrc"):
+        sizes = getattr(truth.terms, name), truth.natural[name]
+        found[name] = _relative(getattr(solution.terms, name), *sizes)
+    for name in ("query", "key"):
+        gradients = zip(getattr(solution, f"grad_{name}"), getattr(truth, f"grad_{name}"), strict=True)
+        for layer, (actual, expected) in enumerate(gradients):
+            found[f"grad_{name}[{layer}]"] = _relative(actual, expected, truth.natural[name][layer])
+    return found
+
+
+def _relative(actual: Tensor, truth: Tensor, natural: Tensor) -> float:
+    kind = torch.finfo(actual.dtype)
+    underflow = kind.tiny * kind.eps * truth.numel() ** 0.5  # float16 gradients get below its normal numbers
+    error = ((actual.double() - truth).norm() - 1e-6 * natural.norm() - underflow).clamp(min=0)
+    return (error / truth.norm().clamp(min=kind.tiny)).item()
