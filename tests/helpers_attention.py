@@ -269,19 +269,20 @@ def assert_solves(solution: Solution, truth: Truth) -> None:
 
 def tensor_errors(solution: Solution, truth: Truth) -> dict[str, float]:
     """For each result as one tensor: norm(error) / norm(truth), not counting 1e-6 of its natural size."""
-    found = {}
-    for name in ("in_box", "rac", "mrc"):
-        sizes = getattr(truth.terms, name), truth.natural[name]
-        found[name] = _relative(getattr(solution.terms, name), *sizes)
+    natural, noise = truth.natural, truth.noise
+    found = {
+        name: _relative(getattr(solution.terms, name), getattr(truth.terms, name), natural[name], noise[name])
+        for name in ("in_box", "rac", "mrc")
+    }
     for name in ("query", "key"):
         gradients = zip(getattr(solution, f"grad_{name}"), getattr(truth, f"grad_{name}"), strict=True)
         for layer, (actual, expected) in enumerate(gradients):
-            found[f"grad_{name}[{layer}]"] = _relative(actual, expected, truth.natural[name][layer])
+            found[f"grad_{name}[{layer}]"] = _relative(actual, expected, natural[name][layer], noise[name][layer])
     return found
 
 
-def _relative(actual: Tensor, truth: Tensor, natural: Tensor) -> float:
+def _relative(actual: Tensor, truth: Tensor, natural: Tensor, noise: Tensor) -> float:
     kind = torch.finfo(actual.dtype)
     underflow = kind.tiny * kind.eps * truth.numel() ** 0.5  # float16 gradients get below its normal numbers
-    error = ((actual.double() - truth).norm() - 1e-6 * natural.norm() - underflow).clamp(min=0)
-    return (error / truth.norm().clamp(min=kind.tiny)).item()
+    error = (actual.double() - truth).norm() - 1e-6 * natural.norm() - noise.norm() - underflow
+    return 0.0 if error <= 0 else (error / truth.norm()).item()
