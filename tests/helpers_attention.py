@@ -284,5 +284,5 @@ def tensor_errors(solution: Solution, truth: Truth) -> dict[str, float]:
 def _relative(actual: Tensor, truth: Tensor, natural: Tensor, noise: Tensor) -> float:
     kind = torch.finfo(actual.dtype)
     underflow = kind.tiny * kind.eps * truth.numel() ** 0.5  # float16 gradients get below its normal numbers
-    error = (actual.double() - truth).norm() - 1e-6 * natural.norm() - noise.norm() - underflow
+    error = (actual.double() - truth).norm() - (1e-6 * natural + noise).nan_to_num().norm() - underflow
     return 0.0 if error <= 0 else (error / truth.norm()).item()
