@@ -25,12 +25,12 @@ class Settings:
     """Decides the initial weights, the order of the data and dropout; not the data set."""
     steps: int = 800
     batch_size: int = 64
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     weight_decay: float = 1e-4
     warmup_steps: int = 100
     clip: float = 1.0
     """Largest norm of the gradient."""
-    pretrain_steps: int = 600
+    pretrain_steps: int = 400
     """Language-free steps for the frozen image encoder; 0 leaves it random."""
     attbalance: bool = True
     """False: the plain box loss, no teacher, no tap."""

@@ -52,7 +52,7 @@ def test_the_tap_reads_the_attention_to_the_visual_tokens(model: GroundingModel)
     with tap.recording():
         model(*inputs(model))
     maps = attention_map(tap.attention())
-    tokens = seen[0]
+    tokens = seen[0].transpose(0, 1)
     dim, heads = tokens.shape[-1], layer.attention.num_heads
     weight_q, weight_k, _ = layer.attention.in_proj_weight.split(dim)
     bias_q, bias_k, _ = layer.attention.in_proj_bias.split(dim)
@@ -101,8 +101,8 @@ def test_the_frozen_encoder_stays_in_evaluation_mode(model: GroundingModel) -> N
 
 def test_a_layer_asked_for_some_tokens_gives_them_as_it_gives_all() -> None:
     layer = EncoderLayer(16, 4, 32).eval()
-    tokens, padding = torch.randn(2, 7, 16), torch.arange(7) >= torch.tensor([[7], [5]])
-    torch.testing.assert_close(layer(tokens, padding, queries=2), layer(tokens, padding)[:, :2])
+    tokens, padding = torch.randn(7, 2, 16), torch.arange(7) >= torch.tensor([[7], [5]])
+    torch.testing.assert_close(layer(tokens, padding, queries=2), layer(tokens, padding)[:2])
 
 
 def test_sine_positions_tell_every_cell_apart() -> None:

@@ -10,24 +10,24 @@ from torch import Tensor, nn
 
 
 class EncoderLayer(nn.Module):
-    """Pre-norm self-attention and feed-forward layer, batch-first.
+    """Pre-norm self-attention and feed-forward layer, sequence-first like the published models.
 
-    The attention is asked for no weights, so PyTorch runs its fused kernels. (PyTorch's own encoder layer has an
-    evaluation path that goes round its attention module, and with it round any hook.)
+    The attention is asked for no weights, so PyTorch runs its fused kernels, in training and in evaluation. (With
+    batch-first tensors, evaluation takes a path of its own that materialises the attention and is slower on a CPU.)
     """
 
     def __init__(self, dim: int, heads: int, hidden: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.norm_attention = nn.LayerNorm(dim)
-        self.attention = nn.MultiheadAttention(dim, heads, dropout=dropout, batch_first=True)
+        self.attention = nn.MultiheadAttention(dim, heads, dropout=dropout)
         self.norm_feedforward = nn.LayerNorm(dim)
         self.feedforward = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, dim))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, tokens: Tensor, padding: Tensor | None = None, *, queries: int | None = None) -> Tensor:
-        """tokens (B, T, D); padding (B, T) bool, True = ignore -> (B, T, D), or only the first ``queries`` tokens."""
+        """tokens (T, B, D); padding (B, T) bool, True = ignore -> (T, B, D), or only the first ``queries`` tokens."""
         keys = self.norm_attention(tokens)
-        tokens, query = (tokens, keys) if queries is None else (tokens[:, :queries], keys[:, :queries])
+        tokens, query = (tokens, keys) if queries is None else (tokens[:queries], keys[:queries])
         attended, _ = self.attention(query, keys, keys, key_padding_mask=padding, need_weights=False)
         tokens = tokens + self.dropout(attended)
         return tokens + self.dropout(self.feedforward(self.norm_feedforward(tokens)))

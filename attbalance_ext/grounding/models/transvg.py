@@ -27,8 +27,8 @@ class TextEncoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, words: Tensor, padding: Tensor) -> Tensor:
-        """(B, T) int64 and (B, T) bool -> (B, T, D)."""
-        tokens = self.words(words) + self.positions[: words.shape[1]]
+        """(B, T) int64 and (B, T) bool -> (T, B, D)."""
+        tokens = self.words(words.T) + self.positions[: words.shape[1], None]
         return self.norm(self.layer(tokens, padding))
 
 
@@ -97,18 +97,18 @@ class TransVG(GroundingModel):
         return self.image_encoder(images)
 
     def forward(self, prepared: Tensor, words: Tensor, word_padding: Tensor) -> Tensor:
-        batch, visual, _ = prepared.shape
+        batch, visual, _ = prepared.shape  # from here on, tokens are sequence-first
         text = self.text_projection(self.text_encoder(words, word_padding))
         reg = self.reg + _mean_of_words(text, word_padding)
-        text = text + self.text_positions[: words.shape[1]]
-        image = self.visual_projection(prepared) + self.visual_positions
-        tokens = torch.cat([reg, text, image], dim=1)
+        text = text + self.text_positions[: words.shape[1], None]
+        image = self.visual_projection(prepared.transpose(0, 1)) + self.visual_positions[:, None]
+        tokens = torch.cat([reg, text, image])
         never = word_padding.new_zeros(batch, 1)
         padding = torch.cat([never, word_padding, never.expand(-1, visual)], dim=1)
         for layer in self.fusion[:-1]:
             tokens = layer(tokens, padding)
         tokens = self.fusion[-1](tokens, padding, queries=1)  # nothing else of the last layer is ever read
-        return self.box_head(self.norm(tokens[:, 0])).sigmoid()
+        return self.box_head(self.norm(tokens[0])).sigmoid()
 
     def make_tap(self, *, every_layer: bool = False) -> AttentionTap:
         chosen = range(self.layers) if every_layer else self.supervised
@@ -129,6 +129,6 @@ def transvg_tiny(**options: object) -> TransVG:
 
 
 def _mean_of_words(text: Tensor, padding: Tensor) -> Tensor:
-    """(B, T, D) -> (B, 1, D), padded words left out; 0 for a sentence without words."""
-    weight = (~padding).to(text.dtype)
-    return ((weight[..., None] * text).sum(1) / weight.sum(1, keepdim=True).clamp(min=1))[:, None]
+    """(T, B, D) -> (1, B, D), padded words left out; 0 for a sentence without words."""
+    weight = (~padding).T[..., None].to(text.dtype)
+    return (weight * text).sum(0, keepdim=True) / weight.sum(0, keepdim=True).clamp(min=1)

@@ -35,10 +35,10 @@ class ConvEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) uint8 -> (B, N, D)."""
         pixels = images.float() / 127.5 - 1.0
-        tokens = self.stem(pixels).flatten(2).transpose(1, 2) + self.positions
+        tokens = self.stem(pixels).flatten(2).permute(2, 0, 1) + self.positions[:, None]
         for layer in self.layers:
             tokens = layer(tokens)
-        return self.norm(tokens)
+        return self.norm(tokens).transpose(0, 1)
 
 
 def _convolution(inputs: int, outputs: int, *, stride: int) -> nn.Sequential:
