@@ -7,7 +7,7 @@ import sys
 import typer
 
 from attbalance_ext import BackendUnavailable
-from attbalance_ext.grounding.commands import analyse, data, demo, machine, train
+from attbalance_ext.grounding.commands import analyse, datasets, demo, machine, train
 from attbalance_ext.grounding.errors import TrainingFailed, UserError
 
 app = typer.Typer(
@@ -18,9 +18,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for module in (machine, demo, train, analyse):
+for module in (machine, demo, train, analyse, datasets):
     module.register(app)
-app.add_typer(data.app, name="data")
 
 
 def run() -> int:

@@ -14,13 +14,17 @@ from attbalance_ext.grounding.commands.train import CacheOption
 from attbalance_ext.grounding.data import FORMATS, SPLITS, card, export
 from attbalance_ext.grounding.data.grammar import FLAVOURS
 
-app = typer.Typer(help="The built-in benchmark: names, statistics, export.", no_args_is_help=True)
+data = typer.Typer(help="The built-in benchmark: names, statistics, export.", no_args_is_help=True)
 
 NameArgument = Annotated[str, typer.Argument(help="Name of a data set, for example builtin:refcoco.")]
 SizeOption = Annotated[int, typer.Option(help="Side of the image in pixels.")]
 
 
-@app.command("list")
+def register(app: typer.Typer) -> None:
+    app.add_typer(data, name="data")
+
+
+@data.command("list")
 def list_names() -> None:
     """Name the data sets and their splits."""
     for flavour in FLAVOURS:
@@ -28,7 +32,7 @@ def list_names() -> None:
     print(f"splits: {', '.join(SPLITS)}")
 
 
-@app.command("card")
+@data.command("card")
 def show_card(
     name: NameArgument,
     size: SizeOption = 64,
@@ -64,7 +68,7 @@ def show_card(
     Console().print(table)
 
 
-@app.command("export")
+@data.command("export")
 def export_files(
     name: NameArgument,
     root: Annotated[Path, typer.Argument(help="Folder to write to.")],
