@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from attbalance_ext.grounding.errors import UserError
 from attbalance_ext.grounding.files import load_checkpoint
 from attbalance_ext.grounding.fit import fit
 from attbalance_ext.grounding.report import write_report
@@ -45,7 +46,8 @@ def _trainers(runs: dict[str, Settings], out: Path, cache: Path | None) -> dict[
 
 
 def _unfinished(directory: Path, settings: Settings) -> bool:
-    if not (directory / LAST).exists():
+    try:
+        state = load_checkpoint(directory / LAST)
+    except UserError:  # none, or one that another version wrote
         return False
-    state = load_checkpoint(directory / LAST)
     return state["settings"] == settings.to_dict() and state["step"] < settings.steps

@@ -17,7 +17,8 @@ class Summary:
 
     name: str
     attbalance: bool
-    steps: int
+    step: int
+    """Of the checkpoint that was evaluated."""
     samples: int
     acc50: float
     acc50_error: float
@@ -42,7 +43,7 @@ def summarize(run: Run, evaluation: Evaluation) -> Summary:
     return Summary(
         name=run.directory.name,
         attbalance=run.settings.attbalance,
-        steps=run.step,
+        step=run.step,
         samples=metrics["samples"],
         acc50=metrics["acc50"],
         acc50_error=math.sqrt(metrics["acc50"] * (1 - metrics["acc50"]) / metrics["samples"]),
