@@ -12,6 +12,7 @@ import torch
 from attbalance_ext.grounding.errors import TrainingFailed
 from attbalance_ext.grounding.evaluate import evaluate
 from attbalance_ext.grounding.files import load_checkpoint
+from attbalance_ext.grounding.fit import fit
 from attbalance_ext.grounding.order import DataOrder
 from attbalance_ext.grounding.train import BEST, LAST, Trainer
 
@@ -50,6 +51,14 @@ def test_plain_and_attbalance_start_alike_and_see_the_same_batches(make_trainer:
     # The first step's boxes come from the same weights, samples and dropout, whatever the loss adds.
     assert plain.log.history["train"][0]["box"] == full.log.history["train"][0]["box"]
     assert plain.log.history["train"][0]["loss"] != full.log.history["train"][0]["loss"]
+
+
+def test_trainers_that_take_turns_do_not_disturb_each_other(make_trainer: MakeTrainer) -> None:
+    alone = {name: finish(make_trainer(f"{name}-alone", attbalance=name == "full")) for name in ("plain", "full")}
+    together = {name: make_trainer(name, attbalance=name == "full") for name in ("plain", "full")}
+    fit(together)
+    for name, trainer in together.items():
+        assert without_times(trainer) == without_times(alone[name])
 
 
 @pytest.mark.parametrize("rho", ["batch", "ema"])
