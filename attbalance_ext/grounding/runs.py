@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from attbalance_ext import available_backends
 from attbalance_ext.grounding import pretrain
 from attbalance_ext.grounding.data import GroundingDataset, Vocabulary, load_dataset
 from attbalance_ext.grounding.data.cache import cache_directory
@@ -41,7 +42,7 @@ def start_run(
     splits are shared instead of made again.
     """
     refuse_existing(directory)
-    require_device(settings)
+    require_runnable(settings)
     if like is not None:
         model = _fresh_model(settings, like.split.vocabulary)
         model.load_state_dict(like.model.state_dict())
@@ -61,7 +62,7 @@ def resume_run(directory: Path, *, cache: Path | None = None) -> Trainer:
     """A trainer that goes on exactly where ``directory``'s last checkpoint ends."""
     state = load_checkpoint(directory / LAST)
     settings = Settings.from_dict(state["settings"])
-    require_device(settings)
+    require_runnable(settings)
     vocabulary = Vocabulary(state["vocabulary"])
     model = _fresh_model(settings, vocabulary)
     model.load_state_dict(state["model"])
@@ -80,7 +81,7 @@ def load_run(path: Path, *, device: str = "cpu") -> Run:
         path = directory / BEST if (directory / BEST).exists() else directory / LAST
     state = load_checkpoint(path)
     settings = replace(Settings.from_dict(state["settings"]), device=device)
-    require_device(settings)
+    require_runnable(settings)
     vocabulary = Vocabulary(state["vocabulary"])
     model = _fresh_model(settings, vocabulary)
     model.load_state_dict(state["model"])
@@ -103,9 +104,13 @@ def refuse_existing(directory: Path) -> None:
         )
 
 
-def require_device(settings: Settings) -> None:
+def require_runnable(settings: Settings) -> None:
+    """Refuse a device or backend that cannot run here before any time is spent."""
     if settings.device != "cpu" and not torch.cuda.is_available():
         raise UserError(f"device {settings.device!r} is not available here; there is: cpu")
+    reasons = available_backends().get(settings.backend)
+    if reasons:
+        raise UserError(f"backend {settings.backend!r} cannot run here: {'; '.join(reasons)}")
 
 
 def _fresh_model(settings: Settings, vocabulary: Vocabulary) -> GroundingModel:

@@ -53,6 +53,8 @@ class Settings:
         for name in ("steps", "batch_size", "validate_every", "size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.clip > 0.0:
+            raise UserError(f"clip must be above 0, got {self.clip}")
         if not 0.0 <= self.terms_fraction <= 1.0:
             raise UserError(f"terms_fraction must lie in [0, 1], got {self.terms_fraction}")
         if self.early_stop is not None and self.early_stop < 1:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from attbalance_ext import cli
+from attbalance_ext import available_backends, cli
 from attbalance_ext.grounding.data.generate import SCENES
 from attbalance_ext.grounding.files import load_checkpoint
 from attbalance_ext.grounding.runs import resume_run
@@ -51,6 +51,7 @@ def call(*arguments: str | Path) -> int:
         (["train", "--rule", "nope"], "touch, center, coverage, nearest"),
         (["train", "--backend", "nope"], "auto, reference, cpu"),
         (["train", "--device", "tpu"], "cpu, cuda"),
+        (["train", "--clip", "0"], "clip must be above 0"),
         (["train", "--size", "65"], "64 or 128"),
         (["train", "--rho", "nope"], "batch, global, ema, off"),
         (["train", "--difficulty-from", "nope"], "sum, mean, last"),
@@ -72,6 +73,15 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert printed.err.count("\n") == 1
     assert says in printed.err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("backend", [name for name, reasons in available_backends().items() if reasons])
+def test_a_backend_that_cannot_run_here_says_why(
+    backend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("train", "--backend", backend, "--out", tmp_path / "run") == 2
+    assert f"backend {backend!r} cannot run here: {available_backends()[backend][0]}" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("arguments", [[], *[[c] for c in ("info", "train", "eval", "rho", "report", "demo", "data")]])
