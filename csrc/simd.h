@@ -56,9 +56,37 @@ inline Vec<A> splat(A value) {
 
 // Widening and narrowing between a storage type and float lanes.
 
+// Where the compiler is known to split a conversion of whole registers in two, the instruction is named. (In
+// the maskz forms: GCC warns about the undefined source of the plain ones.)
+
+template <int kLanes>
+inline Lanes<uint32_t, kLanes> widened(Lanes<uint16_t, kLanes> v) {
+#if defined(__AVX512F__)
+    if constexpr (kLanes == 16) {
+        return bit_cast<Lanes<uint32_t, 16>>(_mm512_maskz_cvtepu16_epi32(0xffff, bit_cast<__m256i>(v)));
+    }
+#endif
+#if defined(__AVX2__)
+    if constexpr (kLanes == 8)
+        return bit_cast<Lanes<uint32_t, 8>>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(v)));
+#endif
+    return __builtin_convertvector(v, Lanes<uint32_t, kLanes>);
+}
+
+/// The low halves.
+template <int kLanes>
+inline Lanes<uint16_t, kLanes> halved(Lanes<uint32_t, kLanes> v) {
+#if defined(__AVX512F__)
+    if constexpr (kLanes == 16) {
+        return bit_cast<Lanes<uint16_t, 16>>(_mm512_maskz_cvtepi32_epi16(0xffff, bit_cast<__m512i>(v)));
+    }
+#endif
+    return __builtin_convertvector(v, Lanes<uint16_t, kLanes>);
+}
+
 template <int kLanes>
 inline Lanes<float, kLanes> bf16_to_float(Lanes<uint16_t, kLanes> v) {
-    return bit_cast<Lanes<float, kLanes>>(__builtin_convertvector(v, Lanes<uint32_t, kLanes>) << 16);
+    return bit_cast<Lanes<float, kLanes>>(widened<kLanes>(v) << 16);
 }
 
 /// Round to nearest even; NaN stays NaN.
@@ -68,12 +96,12 @@ inline Lanes<uint16_t, kLanes> float_to_bf16(Lanes<float, kLanes> v) {
     const Bits bits = bit_cast<Bits>(v);
     const Bits rounded = (bits + (0x7fffu + ((bits >> 16) & 1u))) >> 16;
     const Bits quiet_nan = Bits{} + 0x7fc0u;
-    return __builtin_convertvector(v == v ? rounded : quiet_nan, Lanes<uint16_t, kLanes>);
+    return halved<kLanes>(v == v ? rounded : quiet_nan);
 }
 
 template <int kLanes>
 inline Lanes<float, kLanes> fp16_to_float(Lanes<uint16_t, kLanes> v) {
-#if defined(__AVX512F__)  // the maskz forms: GCC warns about the undefined source of the plain ones
+#if defined(__AVX512F__)
     if constexpr (kLanes == 16)
         return bit_cast<Lanes<float, 16>>(_mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(v)));
 #endif
@@ -83,7 +111,7 @@ inline Lanes<float, kLanes> fp16_to_float(Lanes<uint16_t, kLanes> v) {
     // Shift the exponent and mantissa in place and rebias by a multiplication, which also normalises
     // subnormals.
     using Bits = Lanes<uint32_t, kLanes>;
-    const Bits half = __builtin_convertvector(v, Bits);
+    const Bits half = widened<kLanes>(v);
     const Bits magnitude = (half & 0x7fffu) << 13;
     const Lanes<float, kLanes> rebiased = bit_cast<Lanes<float, kLanes>>(magnitude) * 0x1p112f;
     const Bits special = magnitude | 0x7f800000u;
@@ -118,7 +146,7 @@ inline Lanes<uint16_t, kLanes> float_to_fp16(Lanes<float, kLanes> v) {
     Bits result = magnitude < 0x38800000u ? subnormal : normal;
     result = magnitude >= 0x477ff000u ? Bits{} + 0x7c00u : result;
     result = magnitude > 0x7f800000u ? Bits{} + 0x7e00u : result;
-    return __builtin_convertvector(result | sign, Lanes<uint16_t, kLanes>);
+    return halved<kLanes>(result | sign);
 }
 
 // Loads and stores, between a storage type `K` and vectors of the arithmetic type `A`.
