@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from attbalance_ext.grounding.data import Vocabulary
+from attbalance_ext.grounding.models import build_model
 from attbalance_ext.grounding.settings import Settings
+from attbalance_ext.grounding.split import PreparedSplit
+from attbalance_ext.grounding.train import Trainer
 
 COLOURS = ("red", "green", "blue")
 
@@ -44,3 +49,22 @@ def toy_settings(**changes: Any) -> Settings:
         "model_options": small,
     }
     return Settings(**{**defaults, **changes})
+
+
+def toy_trainer(directory: Path, *, scenes: int = 16, **changes: Any) -> Trainer:
+    """A trainer on the toy problem, which validates on its training data."""
+    settings = toy_settings(**changes)
+    dataset = ToyDataset(scenes)
+    vocabulary = Vocabulary.build(dataset.sentences)
+    torch.manual_seed(settings.seed)
+    model = build_model(settings.model, vocabulary_size=len(vocabulary), image_size=32, **settings.model_options)
+    split = PreparedSplit(dataset, vocabulary, model, torch.device("cpu"))
+    return Trainer(settings, model, split, split, directory)
+
+
+def finish(trainer: Trainer) -> Trainer:
+    """Run a trainer to its end."""
+    while not trainer.finished:
+        trainer.advance()
+    trainer.log.close()
+    return trainer

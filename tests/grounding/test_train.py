@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_toy import finish
 
 from attbalance_ext.grounding.errors import TrainingFailed
 from attbalance_ext.grounding.evaluate import evaluate
@@ -17,13 +18,6 @@ from attbalance_ext.grounding.order import DataOrder
 from attbalance_ext.grounding.train import BEST, LAST, Trainer
 
 MakeTrainer = Callable[..., Trainer]
-
-
-def finish(trainer: Trainer) -> Trainer:
-    while not trainer.finished:
-        trainer.advance()
-    trainer.log.close()
-    return trainer
 
 
 def without_times(trainer: Trainer) -> list[dict[str, Any]]:
