@@ -67,6 +67,8 @@ class MomentumTeacher(nn.Module):
         for averages, currents in groups.values():
             average(averages, currents, 0)
         for buffer, current_buffer in zip(self.module.buffers(), model.buffers(), strict=True):
+            if buffer.shape != current_buffer.shape:
+                buffer.resize_(current_buffer.shape)  # a running rho has no size before its first step
             buffer.copy_(current_buffer)
 
     @torch.no_grad()

@@ -10,7 +10,16 @@ import torch
 from helpers_hosts import Grounder
 from torch import Tensor, nn
 
-from attbalance_ext import AttentionTap, BoxRegion, MomentumTeacher, QueryAttention, attention_map, attention_terms
+from attbalance_ext import (
+    AttBalanceConfig,
+    AttBalanceLoss,
+    AttentionTap,
+    BoxRegion,
+    MomentumTeacher,
+    QueryAttention,
+    attention_map,
+    attention_terms,
+)
 
 
 def make_tap(model: nn.Module) -> AttentionTap:
@@ -90,6 +99,18 @@ def test_buffers_are_copied(model: WithBuffers, teacher: MomentumTeacher) -> Non
     assert len(buffers) == 4  # two of them not floating or not saved
     assert all(torch.equal(a, b) for a, b in buffers)
     assert all(a is not b for a, b in buffers)
+
+
+def test_a_buffer_that_gets_its_size_in_training() -> None:
+    """A model that owns its criterion: rho's running average is empty until the first step."""
+    model = WithBuffers()
+    model.criterion = AttBalanceLoss(AttBalanceConfig(rho="ema"))
+    teacher = MomentumTeacher(model, make_tap)
+    average = teacher.module.criterion.rho_average
+    model.criterion.rho_average = torch.tensor([0.2, 0.3])
+    teacher.update(model)
+    assert teacher.module.criterion.rho_average is average
+    assert torch.equal(average, torch.tensor([0.2, 0.3]))
 
 
 def test_parameters_of_several_dtypes() -> None:
