@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,11 +55,10 @@ class QueryAttention:
         scale: float | Sequence[float],
         padding: Tensor | None = None,
     ) -> None:
-        queries = (query,) if isinstance(query, Tensor) else tuple(query)
-        keys = (key,) if isinstance(key, Tensor) else tuple(key)
+        queries, keys = _layers("query", query), _layers("key", key)
         if len(queries) != len(keys):
             raise ValueError(f"query and key must hold one tensor a layer: got {len(queries)} and {len(keys)}")
-        scales = (float(scale),) * len(keys) if isinstance(scale, (int, float)) else tuple(map(float, scale))
+        scales = _scales(scale, len(keys))
         if len(scales) != len(keys):
             raise ValueError(f"scale must be one number or {len(keys)} (one a layer), got {len(scales)}")
         _check_layers(queries, keys)
@@ -86,13 +85,16 @@ class QueryAttention:
             scaling: what the host multiplies ``q_h . k_h`` by; default ``1 / sqrt(d)``.
             padding: (B, N) bool, True = ignore.
         """
-        queries = (query,) if isinstance(query, Tensor) else tuple(query)
-        keys = (key,) if isinstance(key, Tensor) else tuple(key)
+        queries, keys = _layers("query", query), _layers("key", key)
         for name, tensors, rank, form in (("query", queries, 3, "(B, H, d)"), ("key", keys, 4, "(B, H, N, d)")):
             for layer, tensor in enumerate(tensors):
                 require_floating(f"{name}[{layer}]", tensor)
                 if tensor.dim() != rank:
                     raise ValueError(f"{name}[{layer}] must be {form}, got shape {tuple(tensor.shape)}")
+                if tensor.shape[1] == 0 or tensor.shape[-1] == 0:
+                    raise ValueError(
+                        f"{name}[{layer}] needs at least one head and one channel, got {tuple(tensor.shape)}"
+                    )
         if len(queries) != len(keys):
             raise ValueError(f"query and key must hold one tensor a layer: got {len(queries)} and {len(keys)}")
         for layer, (q, k) in enumerate(zip(queries, keys, strict=True)):
@@ -157,6 +159,23 @@ def check_padding(name: str, padding: Tensor, keys: Sequence[Tensor]) -> None:
         raise ValueError(f"{name} must be (B, N) = {expected} like the keys, got shape {tuple(padding.shape)}")
     if padding.device != keys[0].device:
         raise ValueError(f"{name} must be on {keys[0].device} like the keys, got {padding.device}")
+
+
+def _layers(name: str, tensors: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    if isinstance(tensors, Tensor):
+        return (tensors,)
+    if not isinstance(tensors, Iterable):
+        raise TypeError(f"{name} must be a tensor or a sequence of L tensors, got {type(tensors).__name__}")
+    return tuple(tensors)
+
+
+def _scales(scale: float | Sequence[float], layers: int) -> tuple[float, ...]:
+    try:
+        if isinstance(scale, Sequence):
+            return tuple(float(factor) for factor in scale)
+        return (float(scale),) * layers  # whatever counts as a number, NumPy's included
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"scale must be a number or a sequence of L numbers, got {scale!r}") from None
 
 
 def _check_layers(queries: Sequence[Tensor], keys: Sequence[Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -57,21 +58,27 @@ class AttBalanceConfig:
     def __post_init__(self) -> None:
         for name in ("alpha_ar", "alpha_l1", "alpha_giou", "weight_rac", "weight_mrc"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not abs(value) < float("inf"):
+            if not _is_finite(value):
                 raise ValueError(f"{name} must be a finite number, got {value!r}")
         if isinstance(self.rho, str):
             if self.rho not in _RHO_SOURCES:
                 raise ValueError(
                     f"rho must be one of {', '.join(_RHO_SOURCES)} or a tuple of L numbers, got {self.rho!r}"
                 )
-        elif not isinstance(self.rho, tuple) or not all(isinstance(value, (int, float)) for value in self.rho):
-            raise ValueError(f"rho must be one of {', '.join(_RHO_SOURCES)} or a tuple of L numbers, got {self.rho!r}")
-        if not 0 <= self.rho_momentum < 1:
+        elif not isinstance(self.rho, tuple) or not all(_is_finite(value) for value in self.rho):
+            raise ValueError(
+                f"rho must be one of {', '.join(_RHO_SOURCES)} or a tuple of L finite numbers, got {self.rho!r}"
+            )
+        if not _is_finite(self.rho_momentum) or not 0 <= self.rho_momentum < 1:
             raise ValueError(f"rho_momentum must be in [0, 1), got {self.rho_momentum!r}")
         if self.difficulty_from not in DIFFICULTY_FROM:
             raise ValueError(
                 f"difficulty_from must be one of {', '.join(DIFFICULTY_FROM)}, got {self.difficulty_from!r}"
             )
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 class AttBalanceOutput(NamedTuple):
@@ -110,7 +117,11 @@ class AttBalanceLoss(nn.Module):
     def __init__(self, config: AttBalanceConfig | None = None, backend: str = "auto") -> None:
         super().__init__()
         check_name(backend)
-        self.config = AttBalanceConfig() if config is None else config
+        if config is None:
+            config = AttBalanceConfig()
+        elif not isinstance(config, AttBalanceConfig):
+            raise TypeError(f"config must be an AttBalanceConfig, got {type(config).__name__}")
+        self.config = config
         self.backend = backend
         # Empty until the first training step tells L.
         self.register_buffer("rho_average", torch.zeros(0), persistent=self.config.rho == "ema")
@@ -278,6 +289,8 @@ def _check_terms(terms: AttentionTerms, target: Tensor) -> None:
             )
         if tensor.device != target.device:
             raise ValueError(f"terms.{name} must be on {target.device} like target_boxes, got {tensor.device}")
+    if not isinstance(terms.valid, Tensor):
+        raise TypeError(f"terms.valid must be a bool tensor (B,), got {type(terms.valid).__name__}")
     if terms.valid.dtype != torch.bool or terms.valid.shape != target.shape[:1]:
         raise ValueError(
             f"terms.valid must be (B,) = ({target.shape[0]},) bool, got {terms.valid.dtype} {tuple(terms.valid.shape)}"

@@ -64,7 +64,10 @@ def attention_terms(
     if not student.key:
         empty = torch.zeros(0, weights.shape[0], device=weights.device)
         inside = reference.rasterise(weights, grids, RULES[rule]) if grids else weights
-        return AttentionTerms(empty, empty.clone(), empty.clone(), (inside > 0).any(-1))
+        if padding is not None:
+            check_padding("padding", padding, [inside])
+            inside = inside.masked_fill(padding, 0)
+        return AttentionTerms(empty, empty.clone(), empty.clone(), (inside.clamp(0, 1) != 0).any(-1))
 
     query = [q.to(dtype) for q in student.query]
     if chosen == "reference":

@@ -30,8 +30,8 @@ def _load(path: Path) -> list[str]:
     """Load a native library; the reasons why it could not be loaded, or []."""
     if not path.exists():
         return [
-            f"{path.name} was not built: install a C++ compiler, then reinstall attbalance_ext "
-            "(in a checkout: make setup)"
+            f"{path.name} was not built: with PyTorch, CMake and a C++ compiler installed, run pip install "
+            "--no-build-isolation --force-reinstall --no-deps attbalance_ext (in a checkout: make setup)"
         ]
     try:
         torch.ops.load_library(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from helpers import BACKENDS
@@ -24,6 +25,11 @@ def key(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") ->
 
 ATTENTIONS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "query is not a tensor": (lambda: QueryAttention([1.0], [key()], 1), TypeError, r"query\[0\].*float"),
+    "no query": (lambda: QueryAttention(None, key(), 1), TypeError, "query must be a tensor or a sequence.*NoneType"),
+    "no key": (lambda: QueryAttention(query(), None, 1), TypeError, "key must be a tensor or a sequence.*NoneType"),
+    "no scale": (lambda: QueryAttention(query(), key(), None), TypeError, "scale must be a number.*None"),
+    "scale is text": (lambda: QueryAttention(query(), key(), "1/8"), TypeError, "scale must be a number.*1/8"),
+    "scale is a tensor of two": (lambda: QueryAttention(query(), key(), torch.ones(2)), TypeError, "scale must be"),
     "query of integers": (lambda: QueryAttention(query(dtype=torch.int64), key(), 1), TypeError, r"query\[0\].*int64"),
     "key of bool": (lambda: QueryAttention(query(), key(dtype=torch.bool), 1), TypeError, r"key\[0\].*bool"),
     "key of complex": (lambda: QueryAttention(query(), key(dtype=torch.cfloat), 1), TypeError, r"key\[0\].*complex"),
@@ -75,6 +81,16 @@ ATTENTIONS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         lambda: QueryAttention.from_heads(query(B, 2, D), key(B, 3, N, D)),
         ValueError,
         r"key\[0\].*\(2, 2, 4\).*\(2, 3, 12, 4\)",
+    ),
+    "no heads": (
+        lambda: QueryAttention.from_heads(query(B, 0, D), key(B, 0, N, D)),
+        ValueError,
+        r"query\[0\].*at least one head.*\(2, 0, 4\)",
+    ),
+    "heads of no width": (
+        lambda: QueryAttention.from_heads(query(B, 2, 0), key(B, 2, N, 0)),
+        ValueError,
+        r"query\[0\].*one channel.*\(2, 2, 0\)",
     ),
     "per-head integers": (
         lambda: QueryAttention.from_heads(query(B, 2, D, dtype=torch.int32), key(B, 2, N, D)),
@@ -162,6 +178,11 @@ def test_last_keeps_the_last_layers() -> None:
     assert last.scale == (2, 3, 4, 5)
     assert attention.last(0).key == ()
     assert len(attention.last(6).key) == 6
+
+
+def test_numpy_numbers_are_scales() -> None:
+    assert QueryAttention([query()] * 2, [key()] * 2, np.float32(0.5)).scale == (0.5, 0.5)
+    assert QueryAttention([query()] * 2, [key()] * 2, [np.float32(0.5), 1]).scale == (0.5, 1.0)
 
 
 def test_from_heads_scale() -> None:

@@ -317,6 +317,15 @@ def test_no_layers(backend: str, region: BoxRegion | Tensor) -> None:
     assert terms.valid.tolist() == [True, False]
 
 
+def test_no_layers_and_a_region_only_at_padding(backend: str) -> None:
+    region, padding = torch.eye(2, 4), torch.eye(2, 4, dtype=torch.bool)
+    padding[1] = False
+    terms = attention_terms(QueryAttention([], [], [], padding), region, backend=backend)
+    assert terms.valid.tolist() == [False, True]
+    with pytest.raises(ValueError, match=r"padding.*\(2, 4\).*\(4, 2\)"):
+        attention_terms(QueryAttention([], [], [], padding.T), region, backend=backend)
+
+
 @pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
 def test_one_token(backend: str, weight: float) -> None:
     """p = 1: A_in is the token's weight, and nothing can pull at the score."""

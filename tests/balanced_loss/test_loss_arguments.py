@@ -123,6 +123,8 @@ CONFIGS: dict[str, tuple[dict[str, object], str]] = {
     "unknown rho": ({"rho": "always"}, "rho.*batch, global, ema, off.*'always'"),
     "rho is a list": ({"rho": [0.1]}, r"rho.*tuple.*\[0.1\]"),
     "rho of text": ({"rho": ("a",)}, "rho.*tuple.*'a'"),
+    "rho is NaN": ({"rho": (math.nan,)}, "rho.*finite.*nan"),
+    "momentum is text": ({"rho_momentum": "0.9"}, "rho_momentum.*'0.9'"),
     "momentum of 1": ({"rho_momentum": 1.0}, r"rho_momentum.*\[0, 1\).*1.0"),
     "negative momentum": ({"rho_momentum": -0.1}, r"rho_momentum.*-0.1"),
     "unknown difficulty": ({"difficulty_from": "max"}, "difficulty_from.*sum, mean, last.*'max'"),
@@ -133,6 +135,11 @@ CONFIGS: dict[str, tuple[dict[str, object], str]] = {
 def test_config_refuses(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AttBalanceConfig(**options)
+
+
+def test_config_of_another_type_is_refused() -> None:
+    with pytest.raises(TypeError, match="config must be an AttBalanceConfig, got dict"):
+        AttBalanceLoss({"alpha_ar": 1.0})
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -182,6 +189,7 @@ CALLS: dict[str, tuple[Callable[[], tuple], dict[str, object], type[Exception], 
         ValueError,
         r"terms\.valid.*bool.*float32",
     ),
+    "valid is a list": (lambda: (terms(valid=[True] * B), BOXES, BOXES), {}, TypeError, r"terms\.valid.*list"),
     "valid elsewhere": (
         lambda: (terms(valid=torch.ones(B, dtype=torch.bool, device="meta")), BOXES, BOXES),
         {},
