@@ -187,8 +187,12 @@ def _in_backward() -> bool:
 def _read(
     module: nn.MultiheadAttention, index: int, visual: slice, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> _Record:
-    query = args[0] if args else kwargs["query"]
-    key = args[1] if len(args) > 1 else kwargs["key"]
+    query = args[0] if args else kwargs.get("query")
+    key = args[1] if len(args) > 1 else kwargs.get("key")
+    if not isinstance(query, Tensor) or not isinstance(key, Tensor):
+        raise ValueError(
+            f"a tapped layer is called as forward(query, key, value, ...), not as {type(module).__name__} was"
+        )
     mask = args[3] if len(args) > 3 else kwargs.get("key_padding_mask")
     if query.is_nested or key.is_nested:
         query, key, mask = _unnest(query, key, index, visual)

@@ -254,6 +254,18 @@ def test_unbatched_input_is_refused_only_while_recording(host: Host, tap: Attent
             record(host, tap, tokens)
 
 
+def test_a_layer_with_a_forward_of_its_own_is_refused_only_while_recording() -> None:
+    class SelfAttention(nn.MultiheadAttention):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return super().forward(tokens, tokens, tokens, need_weights=False)[0]
+
+    layer, tokens = SelfAttention(16, 4, batch_first=True), torch.randn(2, 5, 16)
+    tap = AttentionTap([layer])
+    assert layer(tokens).shape == tokens.shape
+    with tap.recording(), pytest.raises(ValueError, match=r"forward\(query, key, value.*SelfAttention"):
+        layer(tokens)
+
+
 @pytest.mark.parametrize("index", [5, -6])
 def test_a_query_index_out_of_range_is_refused_only_while_recording(host: Host, index: int) -> None:
     tap = AttentionTap(list(host.layers), query=index)
