@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 WIDE, NARROW = (440, 230), (260, 190)
 """(width, height) in units that are near a pixel where the page puts the chart: text keeps its size."""
-LEFT, RIGHT, TOP, BOTTOM = 36, 10, 10, 34
+LEFT, RIGHT, TOP, BOTTOM = 36, 18, 10, 34
 MAX_POINTS = 80
 """More points than this are averaged in groups: a line is about 300 pixels wide."""
 
