@@ -1,7 +1,8 @@
 """The native part of the build: which libraries to compile, and CMake to compile them. Metadata is in pyproject.toml.
 
-ATTBALANCE_CPU = auto (default) | 1 | 0 says whether to build the C++ kernels. "auto" installs without them, on the
-reference alone, where something is missing, and says what; "1" makes that an error. Code that does not compile is always one.
+ATTBALANCE_CPU = auto (default) | 1 | 0 says whether to build the C++ kernels. Where something is missing, "auto"
+installs without them, on the reference alone, and says what; "1" makes that an error. Code that does not compile is
+always an error.
 MAX_JOBS bounds the parallel compilations; CXX names the compiler, CMAKE_ARGS is handed to CMake.
 """
 

@@ -4,8 +4,8 @@
 
 namespace attbalance {
 
-/// Columns of `stats` (L, B, 4). The scores are kept as log p and log t, so lse and the teacher's lse need no
-/// column for the backward pass; they are there for whoever wants the scores back.
+/// Columns of `stats` (L, B, 4). `scores` and `teacher_scores` are kept as log p and log t, so the backward
+/// pass needs neither lse; they give the scores back.
 enum Stat : int {
     kLogSumExp = 0,         // lse: s_j = log p_j + lse
     kLogInBox = 1,          // log A_in = lse_in - lse; -inf where the region is empty

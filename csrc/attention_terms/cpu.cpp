@@ -15,7 +15,7 @@
 #include "../huge_pages.h"
 #include "../tensors.h"
 #include "attention_terms.h"
-#include "region.h"
+#include "region_weights.h"
 #include "rows.h"
 
 namespace attbalance {
@@ -41,79 +41,6 @@ const RowKernels<A>& row_kernels() {
     if (instruction_set() == InstructionSet::kAvx2) return pick(avx2::kFloat, avx2::kDouble);
 #endif
     return pick(baseline::kFloat, baseline::kDouble);
-}
-
-/// Region weights m of every token, in [0, 1].
-template <typename A>
-struct Weights {
-    std::vector<A> values;            // (B, N)
-    std::vector<RegionState> states;  // (B,)
-
-    const A* row(int64_t b, int64_t tokens) const { return values.data() + b * tokens; }
-};
-
-template <typename A>
-void rasterise(const float* box, const Ints& grids, Rule rule, A* weights) {
-    for (size_t g = 0; g < grids.size(); g += 2) {
-        const int64_t height = grids[g], width = grids[g + 1];
-        const Interval rows = box_interval(box[1], box[3], height);
-        const Interval columns = box_interval(box[0], box[2], width);
-        for (int64_t x = 0; x < width; ++x) weights[x] = static_cast<A>(cell_weight(columns, x, rule));
-        for (int64_t y = height - 1; y >= 0;
-             --y) {  // the first row holds the columns' weights until its turn
-            const float row = cell_weight(rows, y, rule);
-            for (int64_t x = 0; x < width; ++x) {
-                weights[y * width + x] = static_cast<A>(row * static_cast<float>(weights[x]));
-            }
-        }
-        weights += height * width;
-    }
-}
-
-template <typename A>
-Weights<A> region_weights(const Tensor& region, const Ints& grids, Rule rule, const bool* padding,
-                          int64_t batch, int64_t tokens) {
-    Weights<A> weights;
-    weights.values.resize(batch * tokens);
-    weights.states.resize(batch);
-    for (int64_t b = 0; b < batch; ++b) {
-        A* m = weights.values.data() + b * tokens;
-        if (grids.empty()) {
-            std::copy_n(data<const A>(region) + b * tokens, tokens, m);
-        } else {
-            rasterise(data<const float>(region) + b * 4, grids, rule, m);
-        }
-        RegionState state = RegionState::kEmpty;
-        for (int64_t j = 0; j < tokens; ++j) {
-            const bool padded = padding && padding[b * tokens + j];
-            if (m[j] != m[j]) {
-                // A weight that is NaN must reach A_in and RAC, but not p.
-                if (!padded) state = RegionState::kNotANumber;
-                m[j] = 0;
-            }
-            m[j] = std::clamp<A>(m[j], 0, 1);
-            if (m[j] > 0 && !padded && state == RegionState::kEmpty) state = RegionState::kSome;
-        }
-        weights.states[b] = state;
-    }
-    return weights;
-}
-
-void check_region(const Tensor& region, const Ints& grids, int64_t rule, int64_t batch, int64_t tokens,
-                  ScalarType arithmetic) {
-    STD_TORCH_CHECK(rule >= 0 && rule < kRules, "attbalance_ext: unknown rule code ", rule);
-    if (grids.empty()) {
-        check(region, "region", arithmetic, {batch, tokens});
-        return;
-    }
-    check(region, "region", ScalarType::Float, {batch, 4});
-    STD_TORCH_CHECK(grids.size() % 2 == 0, "attbalance_ext: grids must hold pairs");
-    int64_t cells = 0;
-    for (size_t g = 0; g < grids.size(); g += 2) {
-        STD_TORCH_CHECK(grids[g] > 0 && grids[g + 1] > 0, "attbalance_ext: grids must be positive");
-        cells += grids[g] * grids[g + 1];
-    }
-    STD_TORCH_CHECK(cells == tokens, "attbalance_ext: grids have ", cells, " cells for ", tokens, " tokens");
 }
 
 const bool* check_padding(const OptionalTensor& padding, int64_t batch, int64_t tokens) {
@@ -209,7 +136,7 @@ ForwardOutputs forward(const Tensors& query, const Tensors& key, const std::vect
     const Tensor key_means =
         need_key_means ? empty({layers, batch, kKeyMeans, dim}, kType) : empty({0}, kType);
 
-    const Weights<A> weights =
+    const RegionWeights<A> weights =
         region_weights<A>(region, grids, static_cast<Rule>(rule), padded, batch, tokens);
     for (int64_t b = 0; b < batch; ++b) data<bool>(valid)[b] = weights.states[b] != RegionState::kEmpty;
 
@@ -292,6 +219,45 @@ struct KeyGradient {
     char* out;
 };
 
+/// dK of these layers in one stream, in the order of its storage. What could not stay in the caches anyway is
+/// written past them; less than that is left there for the next operator. coefficients: (L, B, N).
+template <typename A>
+void write_key_gradients(const RowKernels<A>& kernels, const std::vector<KeyGradient>& key_gradients,
+                         const A* coefficients, const Tensors& query, int64_t batch, int64_t tokens,
+                         int64_t dim) {
+    int64_t bytes = 0;
+    for (const KeyGradient& target : key_gradients)
+        bytes += batch * tokens * dim * element_bytes(target.dtype);
+    const bool past_caches = bytes > kCachedBytes;
+    constexpr int64_t kRowsPerPiece = 64;
+    const int64_t pieces = (batch * tokens + kRowsPerPiece - 1) / kRowsPerPiece;
+    torch::stable::parallel_for(
+        0, static_cast<int64_t>(key_gradients.size()) * pieces, 1, [&](int64_t first, int64_t last) {
+            for (int64_t piece = first; piece < last; ++piece) {
+                const KeyGradient& target = key_gradients[piece / pieces];
+                const A* const q = data<const A>(query[target.layer]);
+                const A* const c = coefficients + target.layer * batch * tokens;
+                const auto outer = kernels.outer[static_cast<int>(target.dtype)];
+                const int64_t row_bytes = dim * element_bytes(target.dtype);
+                const int64_t stop = std::min((piece % pieces + 1) * kRowsPerPiece, batch * tokens);
+                for (int64_t row = piece % pieces * kRowsPerPiece; row < stop;) {
+                    // A run of rows that share a sample (batch-first) or a token (sequence-first).
+                    const int64_t run = target.sequence_first ? batch : tokens;
+                    const int64_t position = row % run;
+                    const int64_t count = std::min(run - position, stop - row);
+                    char* const out = target.out + row * row_bytes;
+                    if (target.sequence_first) {
+                        outer(c + position * tokens + row / run, tokens, q + position * dim, dim, count, dim,
+                              past_caches, out);
+                    } else {
+                        outer(c + row, 1, q + row / run * dim, 0, count, dim, past_caches, out);
+                    }
+                    row += count;
+                }
+            }
+        });
+}
+
 template <typename A>
 BackwardOutputs backward(const Tensor& grad_in_box, const Tensor& grad_rac, const Tensor& grad_mrc,
                          const Tensors& query, const std::vector<double>& scale, const Tensor& region,
@@ -346,7 +312,7 @@ BackwardOutputs backward(const Tensor& grad_in_box, const Tensor& grad_rac, cons
     }
 
     const RowKernels<A>& kernels = row_kernels<A>();
-    const Weights<A> weights =
+    const RegionWeights<A> weights =
         region_weights<A>(region, grids, static_cast<Rule>(rule), padded, batch, tokens);
     const Tensor coefficients = empty({key_gradients.empty() ? 0 : layers, batch, tokens}, kType);
 
@@ -371,39 +337,7 @@ BackwardOutputs backward(const Tensor& grad_in_box, const Tensor& grad_rac, cons
         }
     });
 
-    // dK in one stream, in the order of its storage. What could not stay in the caches anyway is written past
-    // them; less than that is left there for the next operator.
-    int64_t bytes = 0;
-    for (const KeyGradient& target : key_gradients)
-        bytes += batch * tokens * dim * element_bytes(target.dtype);
-    const bool past_caches = bytes > kCachedBytes;
-    constexpr int64_t kRowsPerPiece = 64;
-    const int64_t pieces = (batch * tokens + kRowsPerPiece - 1) / kRowsPerPiece;
-    torch::stable::parallel_for(
-        0, static_cast<int64_t>(key_gradients.size()) * pieces, 1, [&](int64_t first, int64_t last) {
-            for (int64_t piece = first; piece < last; ++piece) {
-                const KeyGradient& target = key_gradients[piece / pieces];
-                const A* const q = data<const A>(query[target.layer]);
-                const A* const c = data<const A>(coefficients) + target.layer * batch * tokens;
-                const auto outer = kernels.outer[static_cast<int>(target.dtype)];
-                const int64_t row_bytes = dim * element_bytes(target.dtype);
-                const int64_t stop = std::min((piece % pieces + 1) * kRowsPerPiece, batch * tokens);
-                for (int64_t row = piece % pieces * kRowsPerPiece; row < stop;) {
-                    // A run of rows that share a sample (batch-first) or a token (sequence-first).
-                    const int64_t run = target.sequence_first ? batch : tokens;
-                    const int64_t position = row % run;
-                    const int64_t count = std::min(run - position, stop - row);
-                    char* const out = target.out + row * row_bytes;
-                    if (target.sequence_first) {
-                        outer(c + position * tokens + row / run, tokens, q + position * dim, dim, count, dim,
-                              past_caches, out);
-                    } else {
-                        outer(c + row, 1, q + row / run * dim, 0, count, dim, past_caches, out);
-                    }
-                    row += count;
-                }
-            }
-        });
+    write_key_gradients(kernels, key_gradients, data<const A>(coefficients), query, batch, tokens, dim);
     return {grad_query, grad_key};
 }
 

@@ -23,8 +23,7 @@ struct Attention {
     const bool* padding;  // (N,), true = ignore; null: none
 };
 
-/// A softmax sum over some tokens, relative to the largest score met so far, and the weighted sum of their
-/// keys.
+/// A softmax sum over some tokens, relative to the largest score so far, and the weighted sum of their keys.
 template <typename A>
 struct OnlineSum {
     double max;  // -inf: no token yet
@@ -32,8 +31,8 @@ struct OnlineSum {
     A* keys;     // (D,) sum_j w_j exp(s_j - max) k_j, or null
 };
 
-/// What a chunk of tokens contributes to its row. Together `in` and `out` cover every token, as p m + p (1 -
-/// m) = p.
+/// What a chunk of tokens contributes to its row. Together `in` and `out` cover every token:
+/// p m + p (1 - m) = p.
 template <typename A>
 struct Chunk {
     OnlineSum<A> in;       // w_j = m_j
@@ -76,8 +75,8 @@ struct RowGradient {
 /// Arrays are indexed by the storage type of the keys (Dtype); entries that do not go with `A` are null.
 template <typename A>
 struct RowKernels {
-    /// Write the scores of the tokens in [begin, end) that are not padding. Returns 0, or NaN where one is
-    /// not finite.
+    /// Write the scores of the tokens in [begin, end) that are not padding.
+    /// Returns 0, or NaN where one is not finite.
     double (*scores[kDtypes])(const Attention<A>& attention, int64_t begin, int64_t end, double* scores);
 
     /// The same scores, and the softmax sums and key sums of the chunk: reads each key from memory once.
@@ -95,8 +94,9 @@ struct RowKernels {
     /// dL/dq (D,) of a row, from its key means.
     void (*query_gradient)(const RowGradient<A>& row, int64_t dim, A* grad_query);
 
-    /// Write `count` consecutive rows of D stored values: coefficients[i * coefficient_stride] * (query + i *
-    /// query_stride). `past_caches` writes straight to memory, which saves reading the lines first.
+    /// Write `count` consecutive rows of D stored values, row i being
+    /// coefficients[i * coefficient_stride] * (query + i * query_stride).
+    /// `past_caches` writes straight to memory, which saves reading the lines first.
     void (*outer[kDtypes])(const A* coefficients, int64_t coefficient_stride, const A* query,
                            int64_t query_stride, int64_t count, int64_t dim, bool past_caches, void* out);
 };
