@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ FORMAT = 1
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write ``state`` (tensors and plain types only) so that ``path`` holds the old state or the new one, whole."""
-    _replace(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+    replace_file(path, lambda file: torch.save({"format": FORMAT, **state}, file))
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically, in UTF-8."""
-    _replace(path, lambda file: file.write(text.encode()))
+    replace_file(path, lambda file: file.write(text.encode()))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -48,22 +49,29 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def _replace(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+def replace_file(path: Path, write: Callable[[IO[bytes]], object], *, durable: bool = True) -> None:
+    """Write a file under a temporary name of its own and rename it: others see the old file or the new one, whole.
+
+    Several processes may do this at once; the last one's file stays. ``durable``: survive a power cut too, for files
+    that cannot be made again.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _temporary_beside(path) as (file, temporary):
         write(file)
         file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
-    _sync_directory(path.parent)
+    if durable:
+        _sync_directory(path.parent)
 
 
 @contextmanager
 def _temporary_beside(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
     """A temporary file in ``path``'s own directory (a rename is atomic only there), removed when anything fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             yield file, temporary
     except BaseException:
         temporary.unlink(missing_ok=True)

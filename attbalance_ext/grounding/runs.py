@@ -60,12 +60,9 @@ def start_run(
 
 def resume_run(directory: Path, *, cache: Path | None = None) -> Trainer:
     """A trainer that goes on exactly where ``directory``'s last checkpoint ends."""
-    state = load_checkpoint(directory / LAST)
-    settings = Settings.from_dict(state["settings"])
+    state, settings = _read(directory / LAST)
     require_runnable(settings)
-    vocabulary = Vocabulary(state["vocabulary"])
-    model = _fresh_model(settings, vocabulary)
-    model.load_state_dict(state["model"])
+    vocabulary, model = _trained_model(directory / LAST, state, settings)
     train = load_dataset(settings.data, "train", cache=cache, size=settings.size)
     trainer = _trainer(settings, model, vocabulary, train, directory, cache)
     trainer.load_state_dict(state)
@@ -79,12 +76,10 @@ def load_run(path: Path, *, device: str = "cpu") -> Run:
     directory = path if path.is_dir() else path.parent
     if path.is_dir():
         path = directory / BEST if (directory / BEST).exists() else directory / LAST
-    state = load_checkpoint(path)
-    settings = replace(Settings.from_dict(state["settings"]), device=device)
+    state, settings = _read(path)
+    settings = replace(settings, device=device)
     require_runnable(settings)
-    vocabulary = Vocabulary(state["vocabulary"])
-    model = _fresh_model(settings, vocabulary)
-    model.load_state_dict(state["model"])
+    vocabulary, model = _trained_model(path, state, settings)
     history = directory / HISTORY
     return Run(
         directory=directory,
@@ -111,6 +106,25 @@ def require_runnable(settings: Settings) -> None:
     reasons = available_backends().get(settings.backend)
     if reasons:
         raise UserError(f"backend {settings.backend!r} cannot run here: {'; '.join(reasons)}")
+
+
+def _read(path: Path) -> tuple[dict[str, Any], Settings]:
+    """A run's checkpoint and its settings; another kind of checkpoint is refused."""
+    state = load_checkpoint(path)
+    missing = {"settings", "vocabulary", "model", "step", "log"} - state.keys()
+    if missing:
+        raise UserError(f"{path} is not a run's checkpoint: it has no {', '.join(sorted(missing))}")
+    return state, Settings.from_dict(state["settings"])
+
+
+def _trained_model(path: Path, state: dict[str, Any], settings: Settings) -> tuple[Vocabulary, GroundingModel]:
+    vocabulary = Vocabulary(state["vocabulary"])
+    model = _fresh_model(settings, vocabulary)
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        raise UserError(f"{path} does not hold the weights of a {settings.model}: {error}") from None
+    return vocabulary, model
 
 
 def _fresh_model(settings: Settings, vocabulary: Vocabulary) -> GroundingModel:

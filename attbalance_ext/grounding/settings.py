@@ -79,13 +79,18 @@ class Settings:
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Settings:
         """The inverse of :meth:`to_dict`. A name that does not exist raises :class:`UserError`."""
+        if not isinstance(plain, dict):
+            raise UserError(f"settings that cannot be used: {type(plain).__name__} instead of a table of names")
         unknown = set(plain) - {item.name for item in fields(cls)}
         if unknown:
             raise UserError(f"unknown settings: {', '.join(sorted(unknown))}")
-        loss = dict(plain.get("loss", {}))
-        if isinstance(loss.get("rho"), list):
-            loss["rho"] = tuple(loss["rho"])
-        return cls(**{**plain, "loss": AttBalanceConfig(**loss)})
+        try:
+            loss = dict(plain.get("loss", {}))
+            if isinstance(loss.get("rho"), list):
+                loss["rho"] = tuple(loss["rho"])
+            return cls(**{**plain, "loss": AttBalanceConfig(**loss)})
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"settings that cannot be used: {error}") from None
 
 
 def _require_known(what: str, name: str, known: Iterable[str]) -> None:

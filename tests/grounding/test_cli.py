@@ -15,7 +15,7 @@ import pytest
 
 from attbalance_ext import available_backends, cli
 from attbalance_ext.grounding.data.generate import SCENES
-from attbalance_ext.grounding.files import load_checkpoint
+from attbalance_ext.grounding.files import load_checkpoint, save_checkpoint
 from attbalance_ext.grounding.runs import resume_run
 
 FEW_SCENES = {"train": 80, "val": 12, "test": 16, "test_novel": 4}
@@ -140,6 +140,30 @@ def test_train_eval_rho_report(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "train, val, test, test_novel" in capsys.readouterr().err
 
 
+def test_checkpoints_of_something_else_are_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert call("train", "--out", run, *SMALL) == 0
+    good = load_checkpoint(run / "last.pt")
+    del good["format"]
+    for change, says in (
+        ({"settings": None}, "settings that cannot be used"),
+        ({"settings": {**good["settings"], "steps": "many"}}, "settings that cannot be used"),
+        ({"settings": {**good["settings"], "loss": {"alpha": 1.0}}}, "settings that cannot be used"),
+        ({"model": {}}, "does not hold the weights of a transvg-tiny"),
+    ):
+        save_checkpoint(tmp_path / "other.pt", {**good, **change})
+        capsys.readouterr()
+        assert call("eval", tmp_path / "other.pt") == 2
+        error = capsys.readouterr().err
+        assert says in error
+        assert error.count("\n") == 1
+    save_checkpoint(tmp_path / "other.pt", {"encoder": {}})
+    assert call("eval", tmp_path / "other.pt") == 2
+    assert "not a run's checkpoint: it has no log, model" in capsys.readouterr().err
+
+
 def test_demo_compares_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "demo"
     assert call("demo", "--out", out, "--steps", "4", "--pretrain-steps", "2") == 0
@@ -153,6 +177,12 @@ def test_demo_compares_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture
     assert differing == ["attbalance"]
     assert "with and without AttBalance" in (out / "report.html").read_text()
     assert call("demo", "--out", out, "--steps", "4", "--pretrain-steps", "2") == 0  # a finished demo is replaced
+    (out / ".demo").unlink()
+    before = (out / "plain" / "last.pt").read_bytes()
+    capsys.readouterr()
+    assert call("demo", "--out", out, "--steps", "4", "--pretrain-steps", "2") == 2  # somebody's runs are not
+    assert "already holds a run" in capsys.readouterr().err
+    assert (out / "plain" / "last.pt").read_bytes() == before
 
 
 LAUNCH = """

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from attbalance_ext.grounding.data import generate
-from attbalance_ext.grounding.data.cache import cache_directory, load_or_create, replace_file
+from attbalance_ext.grounding.data.cache import cache_directory, load_or_create
 from attbalance_ext.grounding.data.dataset import load_arrays
 from attbalance_ext.grounding.data.names import BuiltinName
+from attbalance_ext.grounding.files import replace_file
 
 ARRAYS = {"a": np.arange(5000), "b": np.ones((2, 3), np.float32)}
 

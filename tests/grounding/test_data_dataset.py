@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from attbalance_ext.grounding.data import SPLITS, VALUES, GroundingDataset, Vocabulary, card, generate, load_dataset
-from attbalance_ext.grounding.data.__main__ import main
 from attbalance_ext.grounding.data.attributes import is_held_out
 from attbalance_ext.grounding.data.dataset import load_arrays
 from attbalance_ext.grounding.data.names import BuiltinName
@@ -175,15 +174,3 @@ def test_card_counts_what_is_there(tmp_path: Path) -> None:
     location = split["clauses"]["location"]
     assert 0.6 < location["needed"] <= location["present"] < 1
     assert split["clauses"]["relation"] == {"present": 0, "needed": 0}
-
-
-def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["card", "builtin:referit", "--cache", str(tmp_path)]) == 0
-    assert json.loads(capsys.readouterr().out)["name"] == "builtin:referit"
-    assert (
-        main(["export", "builtin:referit", str(tmp_path / "out"), "--format", "jsonl", "--cache", str(tmp_path)]) == 0
-    )
-    assert (tmp_path / "out" / "test_novel.jsonl").is_file()
-    capsys.readouterr()
-    assert main(["card", "builtin:none", "--cache", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith("no data set 'builtin:none'; there are ")

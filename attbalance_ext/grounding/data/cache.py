@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
+from ..files import replace_file
 from .generate import Arrays
 
 _log = logging.getLogger(__name__)
@@ -30,29 +29,8 @@ def load_or_create(path: Path, create: Callable[[], Arrays]) -> Arrays:
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
             _log.warning("%s is damaged (%s): generating it again", path, error or type(error).__name__)
     arrays = create()
-    replace_file(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
+    replace_file(path, lambda file: np.savez(file, allow_pickle=False, **arrays), durable=False)
     return arrays
-
-
-def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file under a temporary name of its own and rename it: others see the old file or the new one, whole.
-
-    Two processes may do this at once; the last one's file stays.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            write(file)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file by ``text`` in UTF-8."""
-    replace_file(path, lambda file: file.write(text.encode()))
 
 
 def _read(path: Path) -> Arrays:

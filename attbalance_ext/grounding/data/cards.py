@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from ..files import write_text
 from .attributes import HELD_OUT, VALUES
-from .cache import cache_directory, write_text
+from .cache import cache_directory
 from .dataset import load_arrays, sentences_of
 from .expression import GROUPS
 from .generate import SEEDS, Arrays, content_version

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ..cache import write_text
+from ...files import write_text
 from .view import SplitView
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from ...files import replace_file, write_text
 from ..attributes import SHAPES, VALUES
-from ..cache import replace_file, write_text
 from .view import SplitView
 
 Record = dict[str, Any]

@@ -8,8 +8,8 @@ from typing import IO, Any
 
 import torch
 
+from ...files import replace_file
 from ..attributes import VALUES
-from ..cache import replace_file
 from .view import SplitView
 
 _COCO_IMAGES = "other/images/mscoco/images/train2014"

@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from ..cache import replace_file
+from ...files import replace_file
 from ..dataset import sentences_of
 from ..generate import Arrays
 from ..names import BuiltinName
@@ -64,4 +64,6 @@ class SplitView:
             disable=not progress,
         )
         for scene, pixels in enumerate(images):
-            replace_file(folder / self.image_name(scene), partial(Image.fromarray(pixels).save, format="PNG"))
+            replace_file(
+                folder / self.image_name(scene), partial(Image.fromarray(pixels).save, format="PNG"), durable=False
+            )
