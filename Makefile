@@ -68,7 +68,7 @@ $(VENV)/.created:
 # PyTorch first and alone, so that nothing later can choose another build of it.
 $(VENV)/.torch: $(CONSTRAINTS) | $(VENV)/.created
 	$(PIP) install --progress-bar off -c $(CONSTRAINTS) torch
-	$(PIP) install --progress-bar off -c $(CONSTRAINTS) setuptools cmake ninja pybind11
+	$(PIP) install --progress-bar off -c $(CONSTRAINTS) setuptools cmake ninja
 	@touch $@
 
 # ATTBALANCE_CPU=1: in a checkout a native library that cannot be built is an error.
