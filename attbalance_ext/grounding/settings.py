@@ -23,7 +23,7 @@ class Settings:
     """Side of the square canvas in pixels."""
     seed: int = 0
     """Decides the initial weights, the order of the data and dropout; not the data set."""
-    steps: int = 800
+    steps: int = 1000
     batch_size: int = 64
     learning_rate: float = 3e-3
     weight_decay: float = 1e-4
