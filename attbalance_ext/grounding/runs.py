@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -103,9 +104,13 @@ def require_runnable(settings: Settings) -> None:
     """Refuse a device or backend that cannot run here before any time is spent."""
     if settings.device != "cpu" and not torch.cuda.is_available():
         raise UserError(f"device {settings.device!r} is not available here; there is: cpu")
-    reasons = available_backends().get(settings.backend)
-    if reasons:
-        raise UserError(f"backend {settings.backend!r} cannot run here: {'; '.join(reasons)}")
+    backend, backends = settings.backend, available_backends()
+    if backend == "auto":
+        backend = os.environ.get("ATTBALANCE_BACKEND", "auto")
+    if backend not in ("auto", *backends):
+        raise UserError(f"unknown ATTBALANCE_BACKEND {backend!r}; there is: auto, {', '.join(backends)}")
+    if reasons := backends.get(backend):
+        raise UserError(f"backend {backend!r} cannot run here: {'; '.join(reasons)}")
 
 
 def _read(path: Path) -> tuple[dict[str, Any], Settings]:

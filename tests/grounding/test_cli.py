@@ -140,6 +140,16 @@ def test_train_eval_rho_report(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "train, val, test, test_novel" in capsys.readouterr().err
 
 
+def test_a_backend_from_the_environment_is_checked_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, says in (("nope", "there is: auto, reference, cpu"), ("cuda", "cannot run here")):
+        monkeypatch.setenv("ATTBALANCE_BACKEND", name)
+        assert call("train", "--out", tmp_path / "run", *SMALL) == 2
+        assert says in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_checkpoints_of_something_else_are_refused_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
