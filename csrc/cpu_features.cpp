@@ -1,6 +1,7 @@
 #include "cpu_features.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
@@ -22,6 +23,11 @@ InstructionSet widest_allowed() {
     const char* name = std::getenv("ATTBALANCE_CPU_ISA");
     if (name && std::strcmp(name, "baseline") == 0) return InstructionSet::kBaseline;
     if (name && std::strcmp(name, "avx2") == 0) return InstructionSet::kAvx2;
+    if (name && std::strcmp(name, "avx512") != 0) {
+        std::fprintf(
+            stderr,
+            "attbalance_ext: ATTBALANCE_CPU_ISA must be baseline, avx2 or avx512, got '%s': ignored\n", name);
+    }
     return InstructionSet::kAvx512;
 }
 
