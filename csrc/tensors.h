@@ -45,26 +45,33 @@ inline int64_t element_bytes(Dtype dtype) {
     return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
 }
 
-/// An uninitialised CPU tensor with these strides (elements).
+/// Where a tensor's memory is, in the shim's terms.
+struct Place {
+    int32_t device_type = aoti_torch_device_type_cpu();
+    int32_t device_index = 0;
+};
+
+/// An uninitialised tensor with these strides (elements).
 inline Tensor empty_strided(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
-                            ScalarType dtype) {
+                            ScalarType dtype, Place place = {}) {
     const int32_t shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
     AtenTensorHandle handle = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
-                                                    strides.begin(), shim_dtype, aoti_torch_device_type_cpu(),
-                                                    0, &handle));
+                                                    strides.begin(), shim_dtype, place.device_type,
+                                                    place.device_index, &handle));
     return Tensor(handle);
 }
 
-inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, Place place = {}) {
     const int64_t* size = sizes.begin();
     switch (sizes.size()) {
-        case 0: return empty_strided({}, {}, dtype);
-        case 1: return empty_strided(sizes, {1}, dtype);
-        case 2: return empty_strided(sizes, {size[1], 1}, dtype);
-        case 3: return empty_strided(sizes, {size[1] * size[2], size[2], 1}, dtype);
+        case 0: return empty_strided({}, {}, dtype, place);
+        case 1: return empty_strided(sizes, {1}, dtype, place);
+        case 2: return empty_strided(sizes, {size[1], 1}, dtype, place);
+        case 3: return empty_strided(sizes, {size[1] * size[2], size[2], 1}, dtype, place);
         case 4:
-            return empty_strided(sizes, {size[1] * size[2] * size[3], size[2] * size[3], size[3], 1}, dtype);
+            return empty_strided(sizes, {size[1] * size[2] * size[3], size[2] * size[3], size[3], 1}, dtype,
+                                 place);
     }
     STD_TORCH_CHECK(false, "attbalance_ext: at most 4 dimensions");
 }
@@ -79,11 +86,20 @@ T* data(const Tensor& tensor) {
     }
 }
 
-/// Raise unless `tensor` is a contiguous CPU tensor of this type and these sizes. The Python layer checks
-/// what users pass; this guards the operators themselves, which anyone may call.
+/// Raise unless `tensor` is there.
+inline void check_place(const Tensor& tensor, const char* name, Place place) {
+    int32_t type = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+    STD_TORCH_CHECK(type == place.device_type && (type == aoti_torch_device_type_cpu() ||
+                                                  tensor.get_device_index() == place.device_index),
+                    "attbalance_ext: ", name, " is on another device than the op runs on");
+}
+
+/// Raise unless `tensor` is contiguous, there, of this type and of these sizes. The Python layer checks what
+/// users pass; this guards the operators themselves, which anyone may call.
 inline void check(const Tensor& tensor, const char* name, ScalarType dtype,
-                  std::initializer_list<int64_t> sizes) {
-    STD_TORCH_CHECK(tensor.is_cpu(), "attbalance_ext: ", name, " must be on the CPU");
+                  std::initializer_list<int64_t> sizes, Place place = {}) {
+    check_place(tensor, name, place);
     STD_TORCH_CHECK(tensor.scalar_type() == dtype, "attbalance_ext: ", name, " has the wrong dtype");
     STD_TORCH_CHECK(tensor.dim() == static_cast<int64_t>(sizes.size()), "attbalance_ext: ", name,
                     " has the wrong number of dimensions");
