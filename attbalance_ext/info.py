@@ -9,7 +9,7 @@ from importlib import metadata
 import torch
 
 from attbalance_ext.attention import QueryAttention
-from attbalance_ext.kernels.choose import available_backends
+from attbalance_ext.kernels.choose import BACKENDS, available_backends
 from attbalance_ext.loss import AttBalanceLoss
 from attbalance_ext.region import BoxRegion
 from attbalance_ext.terms import attention_terms
@@ -75,17 +75,18 @@ def print_report() -> bool:
 
 
 def _run(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Terms, loss and gradients of a fixed problem: L=2, B=3, N=100 (a 10 x 10 grid), D=64."""
+    """Terms, loss and gradients of a fixed problem: L=2, B=3, N=100 (a 10 x 10 grid), D=64. Returned on the CPU."""
+    device = (BACKENDS[backend].devices or ("cpu",))[0]
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
     query = [normal(3, 64).requires_grad_() for _ in range(2)]
     key = [normal(3, 100, 64).requires_grad_() for _ in range(2)]
     teacher = QueryAttention([normal(3, 64) for _ in range(2)], [normal(3, 100, 64) for _ in range(2)], 0.1)
-    boxes = torch.tensor([[0.5, 0.5, 0.4, 0.6], [0.2, 0.3, 0.2, 0.2], [0.8, 0.7, 0.3, 0.5]], dtype=dtype)
-    padding = torch.zeros(3, 100, dtype=torch.bool)
+    boxes = torch.tensor([[0.5, 0.5, 0.4, 0.6], [0.2, 0.3, 0.2, 0.2], [0.8, 0.7, 0.3, 0.5]]).to(device, dtype)
+    padding = torch.zeros(3, 100, dtype=torch.bool, device=device)
     padding[1, 80:] = True
     pred = (boxes + 0.05 * normal(3, 4)).requires_grad_()
     student = QueryAttention(query, key, 0.1, padding)
@@ -93,7 +94,7 @@ def _run(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
     output = AttBalanceLoss(backend=backend)(terms, pred, boxes)
     output.loss.backward()
     gradients = [t.grad for t in (*query, *key, pred) if t.grad is not None]
-    return [*terms[:3], output.loss.detach(), *gradients]
+    return [tensor.detach().cpu() for tensor in (*terms[:3], output.loss, *gradients)]
 
 
 def _version(package: str) -> str:

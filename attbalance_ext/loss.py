@@ -166,7 +166,7 @@ class AttBalanceLoss(nn.Module):
             valid = terms.valid
             rho = self._rho(in_box, valid, pred, target)
         weights = self._weights(plain=terms is None)
-        chosen = choose(self.backend, target.device.type)
+        chosen = choose(self.backend, target.device.type, dtype)
         if chosen == "reference":
             objective = reference.balanced_loss(in_box, rac, mrc, valid, pred, target, ratio, rho, *weights)
         else:

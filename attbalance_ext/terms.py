@@ -60,7 +60,7 @@ def attention_terms(
     weights, grids, rule = _region(region, student, dtype)
     if teacher is not None:
         _check_teacher(teacher, student)
-    chosen = choose(backend, weights.device.type)
+    chosen = choose(backend, weights.device.type, dtype)
     if not student.key:
         empty = torch.zeros(0, weights.shape[0], device=weights.device)
         inside = reference.rasterise(weights, grids, RULES[rule]) if grids else weights

@@ -102,7 +102,7 @@ def test_explicit_choice_that_cannot_run(no_cpu_library: None) -> None:
 
 def test_cpu_kernels_refuse_other_devices() -> None:
     with pytest.raises(BackendUnavailable, match="'cpu' cannot run here: the tensors are on meta"):
-        choose.choose("cpu", "meta")
+        choose.choose("cpu", "meta", torch.float32)
 
 
 def test_unavailable_backends_give_their_reasons() -> None:
@@ -139,3 +139,51 @@ def test_library_that_does_not_load_is_a_reason(tmp_path) -> None:
     (reason,) = ops._load(broken)
     assert "does not load" in reason
     assert torch.__version__ in reason
+
+
+def test_float64_names_the_backends_that_have_it() -> None:
+    assert choose.choose("cpu", "cpu", torch.float64) == "cpu"
+    with pytest.raises(BackendUnavailable, match="float64 runs on backends reference and cpu"):
+        choose.choose("cuda", "cuda", torch.float64)
+
+
+@pytest.fixture
+def cuda_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine with a device; nothing is run."""
+    monkeypatch.setattr(ops, "_cuda_problems", [])
+    monkeypatch.setattr(ops, "_device_problems", list)
+    monkeypatch.setattr(choose, "_logged", set())
+
+
+def test_auto_takes_the_cuda_kernels(cuda_everywhere: None, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, logger="attbalance_ext"):
+        assert choose.choose("auto", "cuda", torch.float32) == "cuda"
+    assert not caplog.records
+
+
+def test_auto_runs_float64_on_the_reference_and_logs_once(
+    cuda_everywhere: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="attbalance_ext"):
+        assert {choose.choose("auto", "cuda", torch.float64) for _ in range(3)} == {"reference"}
+    assert len(caplog.records) == 1
+    assert "float64 runs on backends reference and cpu" in caplog.records[0].getMessage()
+
+
+def test_cuda_kernels_refuse_other_devices(cuda_everywhere: None) -> None:
+    with pytest.raises(BackendUnavailable, match="'cuda' cannot run here: the tensors are on cpu"):
+        choose.choose("cuda", "cpu", torch.float32)
+
+
+def test_cuda_without_a_device(cuda_everywhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_device_problems", lambda: ["PyTorch finds no CUDA device"])
+    assert available_backends()["cuda"] == ["PyTorch finds no CUDA device"]
+
+
+def test_cuda_library_that_was_not_built_says_what_builds_it(tmp_path) -> None:
+    assert "the CUDA toolkit" in ops._load(tmp_path / "libattbalance_cuda.so", "the CUDA toolkit (nvcc)")[0]
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch has CUDA")
+def test_pytorch_without_cuda_is_a_reason() -> None:
+    assert f"PyTorch {torch.__version__} was built without CUDA" in available_backends()["cuda"]

@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from attbalance_ext.errors import BackendUnavailable
 from attbalance_ext.kernels import ops
 
-BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+class Backend(NamedTuple):
+    """What one backend can run."""
+
+    devices: tuple[str, ...]  # device types of the tensors; empty: every one
+    dtypes: tuple[torch.dtype, ...]  # of the arithmetic, not of the keys' storage
+    problems: Callable[[], list[str]]  # why it cannot run in this process; [] when it can
+
+
+_FLOAT32, _FLOAT32_64 = (torch.float32,), (torch.float32, torch.float64)
+BACKENDS = {
+    "reference": Backend((), _FLOAT32_64, list),
+    "cpu": Backend(("cpu",), _FLOAT32_64, ops.cpu_library_problems),
+    "triton": Backend(("cuda",), _FLOAT32, lambda: ["this version of attbalance_ext has no Triton kernels"]),
+    "cuda": Backend(("cuda",), _FLOAT32, ops.cuda_library_problems),
+}
 _FASTEST_FIRST = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 _ENVIRONMENT = "ATTBALANCE_BACKEND"
 
@@ -24,12 +41,7 @@ def available_backends() -> dict[str, list[str]]:
     >>> available_backends()["reference"]
     []
     """
-    return {
-        "reference": [],
-        "cpu": ops.cpu_library_problems(),
-        "triton": ["this version of attbalance_ext has no Triton kernels"],
-        "cuda": ["this version of attbalance_ext has no CUDA kernels"],
-    }
+    return {name: backend.problems() for name, backend in BACKENDS.items()}
 
 
 def check_name(backend: str) -> None:
@@ -39,8 +51,8 @@ def check_name(backend: str) -> None:
 
 
 @torch.compiler.assume_constant_result
-def choose(backend: str, device_type: str) -> str:
-    """The backend that runs a call on tensors of this device type.
+def choose(backend: str, device_type: str, dtype: torch.dtype) -> str:
+    """The backend that runs a call on tensors of this device type, with arithmetic in ``dtype``.
 
     "auto" means ``ATTBALANCE_BACKEND`` where that is set, else the fastest that can run here (a fall back is logged
     once).
@@ -54,13 +66,13 @@ def choose(backend: str, device_type: str) -> str:
         if backend != "auto" and backend not in BACKENDS:
             raise ValueError(f"{_ENVIRONMENT} must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
     if backend != "auto":
-        reasons = _why_not(backend, device_type)
+        reasons = _why_not(backend, device_type, dtype)
         if reasons:
             raise BackendUnavailable(f"backend {backend!r} cannot run here: {'; '.join(reasons)}")
         return backend
     skipped: list[str] = []
     for candidate in _FASTEST_FIRST.get(device_type, ("reference",)):
-        reasons = _why_not(candidate, device_type)
+        reasons = _why_not(candidate, device_type, dtype)
         if not reasons:
             if skipped:
                 _log_once(f"using backend {candidate!r} for {device_type} tensors: {'; '.join(skipped)}")
@@ -69,10 +81,14 @@ def choose(backend: str, device_type: str) -> str:
     raise AssertionError("the reference backend runs everywhere")
 
 
-def _why_not(backend: str, device_type: str) -> list[str]:
-    reasons = list(available_backends()[backend])
-    if backend == "cpu" and device_type != "cpu":
+def _why_not(name: str, device_type: str, dtype: torch.dtype) -> list[str]:
+    backend = BACKENDS[name]
+    reasons = backend.problems()
+    if backend.devices and device_type not in backend.devices:
         reasons.append(f"the tensors are on {device_type}")
+    if dtype not in backend.dtypes:
+        able = [other for other in BACKENDS if dtype in BACKENDS[other].dtypes]
+        reasons.append(f"{str(dtype).removeprefix('torch.')} runs on backends {' and '.join(able)}")
     return reasons
 
 

@@ -19,18 +19,18 @@ from torch import Tensor
 from attbalance_ext.kernels.attention_terms.reference import AttentionTerms
 from attbalance_ext.kernels.balanced_loss.reference import SAMPLE_ROWS, Objective
 
-NATIVE_BACKENDS = ("cpu",)
+NATIVE_BACKENDS = ("cpu", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # the position is the code in `key_dtype`
-_CPU_LIBRARY = Path(__file__).parent / "lib" / "libattbalance_cpu.so"
+_LIBRARIES = Path(__file__).parent / "lib"
 
 _definitions = torch.library.Library("attbalance_ext", "DEF")
 
 
-def _load(path: Path) -> list[str]:
+def _load(path: Path, compiler: str = "a C++ compiler") -> list[str]:
     """Load a native library; the reasons why it could not be loaded, or []."""
     if not path.exists():
         return [
-            f"{path.name} was not built: with PyTorch, CMake and a C++ compiler installed, run pip install "
+            f"{path.name} was not built: with PyTorch, CMake and {compiler} installed, run pip install "
             "--no-build-isolation --force-reinstall --no-deps attbalance_ext (in a checkout: make setup)"
         ]
     try:
@@ -43,6 +43,17 @@ def _load(path: Path) -> list[str]:
 def cpu_library_problems() -> list[str]:
     """Why the C++ kernels cannot run here; [] when they can."""
     return list(_cpu_problems)
+
+
+def cuda_library_problems() -> list[str]:
+    """Why the CUDA kernels cannot run here; [] when they can."""
+    return _cuda_problems + _device_problems()
+
+
+@functools.cache
+def _device_problems() -> list[str]:
+    # Asked when somebody needs to know, not on import: looking for a device spoils CUDA for processes forked later.
+    return [] if torch.cuda.is_available() or not torch.version.cuda else ["PyTorch finds no CUDA device"]
 
 
 # --- attention_terms -------------------------------------------------------------------------------------------------
@@ -364,4 +375,9 @@ for _backend in NATIVE_BACKENDS:
     for _name, _fake in _FAKES.items():
         torch.library.register_fake(f"attbalance_ext::{_name}.{_backend}", _fake, lib=_definitions)
 
-_cpu_problems = _load(_CPU_LIBRARY)
+_cpu_problems = _load(_LIBRARIES / "libattbalance_cpu.so")
+# The library names CUDA symbols, which PyTorch without CUDA does not have.
+if torch.version.cuda:
+    _cuda_problems = _load(_LIBRARIES / "libattbalance_cuda.so", "the CUDA toolkit (nvcc)")
+else:
+    _cuda_problems = [f"PyTorch {torch.__version__} was built without CUDA"]
