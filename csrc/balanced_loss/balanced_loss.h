@@ -72,6 +72,11 @@ ATTBALANCE_HOST_DEVICE A ratio(A numerator, A denominator) {
     return denominator == 0 ? 0 : numerator / denominator;
 }
 
+/// Spearman's rho from sums over centred ranks (in any unit), 0 where undefined.
+ATTBALANCE_HOST_DEVICE inline double correlation(double covariance, double x_spread, double y_spread) {
+    return ratio(covariance, sqrt(x_spread * y_spread));
+}
+
 /// One axis of two boxes: lengths before clamping at 0.
 template <typename A>
 struct AxisOverlap {

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "balanced_loss.h"
+
 namespace attbalance {
 
 template <typename A>
@@ -61,8 +63,7 @@ double spearman(const A* in_box, const std::vector<Ranked<A>>& iou_order, int64_
         x_spread += x[b] * x[b];
         y_spread += y[b] * y[b];
     }
-    const double spread = std::sqrt(x_spread * y_spread);
-    return spread == 0 ? 0 : covariance / spread;
+    return correlation(covariance, x_spread, y_spread);
 }
 
 }  // namespace attbalance
