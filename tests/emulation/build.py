@@ -1,0 +1,89 @@
+"""Compiles the emulation's modules where they are not up to date, and imports them."""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import importlib.util
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import pybind11
+import torch
+
+SOURCES = Path(__file__).parent
+BUILDS = SOURCES.parent.parent / "build" / "emulation"
+
+# Ways to build, by name: what CMake is told.
+VARIANTS = {
+    "plain": (),
+    "sanitised": ("-DEMULATION_SANITIZE=address,undefined",),
+    "ucontext": ("-DEMULATION_UCONTEXT=ON",),
+}
+
+
+@functools.cache
+def load(module: str, variant: str = "plain") -> ModuleType:
+    """The compiled module of this name; its operators are registered from then on.
+
+    Raises:
+        RuntimeError: it does not compile; the message is all that the compiler said.
+    """
+    path = build(module, variant)
+    spec = importlib.util.spec_from_file_location(module, path)
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def build(module: str, variant: str = "plain") -> Path:
+    """Bring the module up to date. Safe when several processes ask at once."""
+    directory = BUILDS / f"{variant}-{sys.implementation.cache_tag}-torch-{torch.__version__}"
+    directory.mkdir(parents=True, exist_ok=True)
+    torch_directory = Path(torch.__file__).parent
+    cmake, ninja = _tool("cmake"), _tool("ninja")
+    with _locked(directory / "lock"):
+        if not (directory / "build.ninja").exists():
+            _run(
+                cmake,
+                f"-S{SOURCES}",
+                f"-B{directory}",
+                "-GNinja",
+                f"-DCMAKE_MAKE_PROGRAM={ninja}",
+                f"-DPython_EXECUTABLE={sys.executable}",
+                f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+                f"-DTORCH_INCLUDE_DIR={torch_directory / 'include'}",
+                f"-DTORCH_LIBRARY_DIR={torch_directory / 'lib'}",
+                *VARIANTS[variant],
+            )
+        _run(cmake, "--build", str(directory), "--target", module, "--parallel", "2")
+    (path,) = directory.glob(f"{module}.*.so")
+    return path
+
+
+def _tool(name: str) -> str:
+    path = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+    if path is None:
+        raise RuntimeError(f"the emulation needs {name}: pip install {name}")
+    return path
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

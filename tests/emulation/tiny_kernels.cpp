@@ -1,0 +1,4 @@
+#include "controls.h"
+PYBIND11_MODULE(_tiny_kernels, module) {
+    emulation::bind_controls(module);
+}
