@@ -10,25 +10,28 @@ endif
 BIN         := $(abspath $(VENV))/bin
 PIP         := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := requirements/constraints.txt
-NATIVE      := $(wildcard CMakeLists.txt setup.py) $(shell find csrc -type f 2>/dev/null)
+NATIVE      := $(wildcard CMakeLists.txt setup.py) $(shell find cmake csrc -type f 2>/dev/null)
 CPP_FILES    = $(shell git ls-files --cached --others --exclude-standard '*.h' '*.cpp' '*.cu' '*.cuh')
 
 # cmake and ninja come with the environment; the system's are not needed.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help setup test test-gpu lint format bench demo clean
+.PHONY: help setup test test-gpu check-cuda lint format bench demo clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-setup: $(VENV)/.installed  ## make .venv with everything in it and build the native library
+setup: $(VENV)/.installed  ## make .venv with everything in it and build the native libraries (CUDA where nvcc is)
 
 test: $(VENV)/.installed  ## run every test this machine can run
 	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 test-gpu: $(VENV)/.installed  ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+check-cuda: $(VENV)/.installed  ## registers, spills, width of memory accesses, occupancy of every CUDA kernel
+	$(BIN)/python scripts/check_cuda.py
 
 lint: $(VENV)/.installed  ## check style and types
 	$(BIN)/ruff check .
@@ -71,7 +74,7 @@ $(VENV)/.torch: $(CONSTRAINTS) | $(VENV)/.created
 	$(PIP) install --progress-bar off -c $(CONSTRAINTS) setuptools cmake ninja
 	@touch $@
 
-# ATTBALANCE_CPU=1: in a checkout a native library that cannot be built is an error.
+# ATTBALANCE_CPU=1: in a checkout C++ kernels that cannot be built are an error. CUDA: see setup.py.
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(NATIVE)
 	ATTBALANCE_CPU=1 $(PIP) install --progress-bar off -c $(CONSTRAINTS) --no-build-isolation -e '.[train,dev]'
 	@touch $@
