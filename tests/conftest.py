@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import nullcontext
 
 import hypothesis
 import pytest
 import torch
+
+from tests.emulation import emulated_cuda
 
 # The same examples on every run and machine; a first call may compile, so no deadline per example.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)
@@ -42,6 +46,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         return
     for name, reasons in available_backends().items():
         terminalreporter.line(f"{name:10} {'; '.join(reasons) if reasons else 'tested'}")
+
+
+@pytest.fixture(autouse=True)
+def _emulated(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test whose parameter `backend` is "cuda" runs the CUDA kernels on the host, unless it asks for a GPU."""
+    callspec = getattr(request.node, "callspec", None)
+    emulated = callspec is not None and callspec.params.get("backend") == "cuda" and "gpu" not in request.keywords
+    with emulated_cuda() if emulated else nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -9,9 +9,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-# The backends that run on any machine. A library that was not built is a failure of the tests, not a reason to skip.
-BACKENDS = ("reference", "cpu")
-NATIVE = ("cpu",)
+# The backends that run on any machine, "cuda" on the emulated device (see conftest.py). A library that was not built is a
+# failure of the tests, not a reason to skip.
+BACKENDS = ("reference", "cpu", "cuda")
+NATIVE = ("cpu", "cuda")
+DOUBLE = ("reference", "cpu")  # those that take float64
 
 # What a relative error may be. Low precision holds for gradients only: terms are always float32 or float64.
 BOUND = {torch.float32: 2e-5, torch.float64: 1e-9, torch.bfloat16: 4e-3, torch.float16: 1e-3}

@@ -176,14 +176,13 @@ ForwardOutputs attention_terms(const Tensors& query, const Tensors& key, const s
 
     const int64_t splits = forward_splits(layers * batch, tokens, device.multiprocessors());
     const auto floats = [&](std::initializer_list<int64_t> sizes) { return empty(sizes, kFloat, place); };
-    const Tensor none = floats({0});
     const Tensor in_box = floats({layers, batch}), rac = floats({layers, batch}),
                  mrc = floats({layers, batch});
     const Tensor valid = empty({batch}, ScalarType::Bool, place);
     const Tensor log_p = floats({layers, batch, tokens});
-    const Tensor log_t = with_teacher ? floats({layers, batch, tokens}) : none;
+    const Tensor log_t = with_teacher ? floats({layers, batch, tokens}) : floats({0});
     const Tensor stats = floats({layers, batch, kStats});
-    const Tensor key_means = need_key_means ? floats({layers, batch, kKeyMeans, dim}) : none;
+    const Tensor key_means = need_key_means ? floats({layers, batch, kKeyMeans, dim}) : floats({0});
     // The workspace, one tensor: a row's scores of student and teacher, its parts, their key sums.
     const bool shared_rows = splits > 1;
     const int64_t score_floats = layers * batch * tokens * 2;

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import BACKENDS, NATIVE, poisoned_memory, same_bits, threads
+from helpers import BACKENDS, DOUBLE, NATIVE, poisoned_memory, same_bits, threads
 from helpers_attention import LAYOUTS, Problem, assert_solves, literal, make_problem, solve
 from torch import Tensor
 
@@ -203,7 +203,7 @@ def test_memory_kept_for_the_backward_pass(backend: str, with_teacher: bool) -> 
 
 @pytest.mark.parametrize("with_teacher", [False, True])
 @pytest.mark.parametrize("region", ["coverage", "weights", "bool"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", DOUBLE)
 def test_gradcheck(backend: str, region: str, with_teacher: bool) -> None:
     problem = make_problem(
         layers=2,
