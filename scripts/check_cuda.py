@@ -121,7 +121,7 @@ def problems(kernels: Iterable[Kernel], names: dict[str, str]) -> list[str]:
 
 _ARCH = re.compile(r"^arch = sm_(\d+)")
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-_SECTION = re.compile(r"^\t\.section\s+\.(text|nv\.info)\.([^,\s]+)")
+_SECTION = re.compile(r"^\t\.section\s+\.(?:(?:text|nv\.info)\.)?([^,\s]+)")
 _ATTRIBUTE = re.compile(r"^\t//-+ nvinfo : (\w+)")
 _WORD = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+\.word\s+(0x[0-9a-f]+)")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
@@ -152,7 +152,7 @@ def read_machine_code(text: str, kernels: Mapping[str, Kernel]) -> None:
     threads: list[int] | None = None
     for line in text.splitlines():
         if found := _SECTION.match(line):
-            kernel, threads = kernels[found.group(2)], None
+            kernel, threads = kernels.get(found.group(1)), None
         elif kernel is None:
             continue
         elif found := _INSTRUCTION.match(line):
