@@ -9,7 +9,6 @@ from types import ModuleType
 from typing import NamedTuple
 
 from attbalance_ext.kernels import choose
-
 from tests.emulation.build import load
 
 Size = tuple[int, int, int]
