@@ -1,4 +1,4 @@
-// `balanced_loss` on the CPU: the objective of a batch and its gradients in one pass over the samples.
+// `balanced_loss` on the CPU: the objective of a batch and its gradients in two passes over the samples.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -13,14 +13,10 @@ namespace attbalance {
 namespace {
 
 template <typename A>
-void batch_spearman(const Inputs<A>& in, A* rho) {
-    std::vector<A> iou(in.batch);
+void batch_spearman(const Inputs<A>& in, const A* iou, A* rho) {
     std::vector<char> kept(in.batch);
-    for (int64_t b = 0; b < in.batch; ++b) {
-        iou[b] = last_iou(in, b);
-        kept[b] = in.valid[b] && std::isfinite(iou[b]);
-    }
-    const std::vector<Ranked<A>> iou_order = sorted(iou.data(), kept);
+    for (int64_t b = 0; b < in.batch; ++b) kept[b] = in.valid[b] && std::isfinite(iou[b]);
+    const std::vector<Ranked<A>> iou_order = sorted(iou, kept);
     const int64_t layers_per_task = std::max<int64_t>(1, 4096 / std::max<int64_t>(in.batch, 1));
     torch::stable::parallel_for(0, in.layers, layers_per_task, [&](int64_t first, int64_t last) {
         for (int64_t l = first; l < last; ++l) {
@@ -31,8 +27,9 @@ void batch_spearman(const Inputs<A>& in, A* rho) {
 
 template <typename A>
 void run(const Inputs<A>& in, const Weights<A>& weights, const Outputs<A>& out) {
+    for (int64_t b = 0; b < in.batch; ++b) box_losses(in, weights, b, out);
     if (needs_spearman(in, weights)) {
-        batch_spearman(in, out.rho);
+        batch_spearman(in, out.samples + kIou * in.batch, out.rho);
     } else if (!weights.plain) {
         std::copy_n(in.rho, in.layers, out.rho);
     }

@@ -218,11 +218,6 @@ __device__ inline void batch_spearman(const BalancedLossArguments& p, const Bloc
                        static_cast<int>(threadIdx.x) % kWarp};
     Key* const keys = block.keys + static_cast<int64_t>(team.row) * row_length;
 
-    for (int b = static_cast<int>(threadIdx.x); b < batch; b += static_cast<int>(blockDim.x)) {
-        const float iou = last_iou(p.in, b);
-        block.iou[b] = p.in.valid[b] && isfinite(iou) ? iou : NAN;
-    }
-    __syncthreads();
     // Row 0 is the IoU, row l + 1 is layer l.
     for (int64_t first = 0; first <= p.in.layers; first += p.plan.rows) {
         const int64_t layer = first + team.row - 1;
@@ -279,8 +274,14 @@ template <bool kShared>
 __global__ void __launch_bounds__(kMaxWarps* kWarp) balanced_loss_kernel(const BalancedLossArguments p) {
     extern __shared__ __align__(16) unsigned char shared_memory[];
     const Block block(kShared ? shared_memory : p.workspace, p.plan.scratch);
+    const bool ranked = p.plan.rows > 0;
+    for (int64_t b = threadIdx.x; b < p.in.batch; b += blockDim.x) {
+        const float iou = box_losses(p.in, p.weights, b, p.out);
+        if (ranked) block.iou[b] = p.in.valid[b] && isfinite(iou) ? iou : NAN;
+    }
     const float* rho = p.in.rho;
-    if (p.plan.rows > 0) {
+    if (ranked) {
+        __syncthreads();
         batch_spearman(p, block);
         rho = block.rho;
     } else if (!p.weights.plain) {

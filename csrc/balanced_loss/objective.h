@@ -60,14 +60,38 @@ class RhoWeight {
     A mean_;
 };
 
-/// IoU of a sample's last stage.
+/// Box losses of sample b, into samples[box, l1, giou, iou], and d box / d pred, into grad_pred. Returns the
+/// IoU of the last stage.
 template <typename A>
-ATTBALANCE_HOST_DEVICE A last_iou(const Inputs<A>& in, int64_t b) {
-    return box_overlap(in.pred + ((in.stages - 1) * in.batch + b) * 4, in.target + b * 4).iou;
+ATTBALANCE_HOST_DEVICE A box_losses(const Inputs<A>& in, const Weights<A>& weights, int64_t b,
+                                    const Outputs<A>& out) {
+    const int64_t batch = in.batch;
+    const A* const target = in.target + b * 4;
+    A l1 = 0, giou = 0, iou = 0;
+    for (int64_t s = 0; s < in.stages; ++s) {
+        const A* const pred = in.pred + (s * batch + b) * 4;
+        A* const grad_pred = out.grad_pred + (s * batch + b) * 4;
+        const BoxOverlap<A> boxes = box_overlap(pred, target);
+        A distance = 0;
+        for (int i = 0; i < 4; ++i) {
+            const A difference = pred[i] - target[i];
+            distance += fabs(difference);
+            grad_pred[i] = weights.alpha_l1 * sign(difference) - weights.alpha_giou * boxes.grad_giou[i];
+        }
+        l1 += distance;
+        giou += 1 - boxes.giou;
+        iou = boxes.iou;
+    }
+    out.samples[kBox * batch + b] = weights.alpha_l1 * l1 + weights.alpha_giou * giou;
+    out.samples[kL1 * batch + b] = l1;
+    out.samples[kGiou * batch + b] = giou;
+    out.samples[kIou * batch + b] = iou;
+    return iou;
 }
 
-/// Sample b's part of the sum over the batch. Writes its column of `samples` and its gradients, which carry
-/// the mean's 1 / B. The plain loss has no attention terms and weights of 1; `rho_weight` is not read then.
+/// Sample b's part of the sum over the batch, after `box_losses` of the same sample. Writes the rest of its
+/// column of `samples`, weighs grad_pred, and puts the mean's 1 / B into every gradient. The plain loss has
+/// no attention terms and weights of 1; `rho_weight` is not read then.
 template <typename A>
 ATTBALANCE_HOST_DEVICE A sample_objective(const Inputs<A>& in, const Weights<A>& weights,
                                           const RhoWeight<A>& rho_weight, int64_t b, const Outputs<A>& out) {
@@ -96,25 +120,12 @@ ATTBALANCE_HOST_DEVICE A sample_objective(const Inputs<A>& in, const Weights<A>&
     const A adw = weighted ? A(0.5) + probability : A(1);
     const A odw = !weights.plain && weights.odw ? A(0.5) + sigmoid(1 - in.box_ratio[b]) : A(1);
 
-    const A* const target = in.target + b * 4;
-    A l1 = 0, giou = 0, iou = 0;
-    for (int64_t s = 0; s < in.stages; ++s) {
-        const int64_t at = (s * batch + b) * 4;
-        const A* const pred = in.pred + at;
-        const BoxOverlap<A> boxes = box_overlap(pred, target);
-        A distance = 0;
-        A grad[4];
-        for (int i = 0; i < 4; ++i) {
-            const A difference = pred[i] - target[i];
-            distance += fabs(difference);
-            grad[i] = weights.alpha_l1 * sign(difference) - weights.alpha_giou * boxes.grad_giou[i];
-        }
-        for (int i = 0; i < 4; ++i) out.grad_pred[at + i] = grad[i] * (share * odw * adw);
-        l1 += distance;
-        giou += 1 - boxes.giou;
-        iou = boxes.iou;
-    }
-    const A box = weights.alpha_l1 * l1 + weights.alpha_giou * giou;
+    const A box = out.samples[kBox * batch + b];
+    out.samples[kAttention * batch + b] = attention;
+    out.samples[kRac * batch + b] = rac;
+    out.samples[kMrc * batch + b] = mrc;
+    out.samples[kAdw * batch + b] = adw;
+    out.samples[kOdw * batch + b] = odw;
 
     const A grad_attention = weights.alpha_ar * share;
     const A grad_difficulty = weighted && !weights.detach_difficulty
@@ -125,15 +136,9 @@ ATTBALANCE_HOST_DEVICE A sample_objective(const Inputs<A>& in, const Weights<A>&
         out.grad_rac[l * batch + b] = weights.plain ? 0 : grad * weights.weight_rac * rho_weight[l];
         out.grad_mrc[l * batch + b] = weights.plain ? 0 : grad * weights.weight_mrc;
     }
-    out.samples[kAttention * batch + b] = attention;
-    out.samples[kBox * batch + b] = box;
-    out.samples[kRac * batch + b] = rac;
-    out.samples[kMrc * batch + b] = mrc;
-    out.samples[kL1 * batch + b] = l1;
-    out.samples[kGiou * batch + b] = giou;
-    out.samples[kIou * batch + b] = iou;
-    out.samples[kAdw * batch + b] = adw;
-    out.samples[kOdw * batch + b] = odw;
+    for (int64_t s = 0; s < in.stages; ++s) {
+        for (int i = 0; i < 4; ++i) out.grad_pred[(s * batch + b) * 4 + i] *= share * odw * adw;
+    }
     return weights.alpha_ar * attention + odw * adw * box;
 }
 
