@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-# The backends that run on any machine, "cuda" on the emulated device (see conftest.py). A library that was not built is a
-# failure of the tests, not a reason to skip.
+# The backends that run on any machine, "cuda" on the emulated device (see conftest.py). A library that was not built is
+# a failure of the tests, not a reason to skip.
 BACKENDS = ("reference", "cpu", "cuda")
 NATIVE = ("cpu", "cuda")
 DOUBLE = ("reference", "cpu")  # those that take float64
