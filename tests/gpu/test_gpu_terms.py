@@ -1,0 +1,151 @@
+"""`attention_terms` on a CUDA device against the literal equations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import same_bits
+from helpers_attention import GRIDS, LAYOUTS, assert_solves, literal, make_problem, solve
+from helpers_gpu import DEVICE, at_home, on_device, poison
+from helpers_pairwise import case_id, pairwise
+
+from attbalance_ext import BackendUnavailable, BoxRegion, QueryAttention, attention_terms
+from attbalance_ext.kernels.choose import choose
+
+pytestmark = pytest.mark.gpu
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+# query by layer, key by layer, teacher
+DTYPES = {
+    "f32": ((F32,), (F32,), F32),
+    "bf16": ((BF16,), (BF16,), BF16),
+    "f16": ((F16,), (F16,), F16),
+    "f32_bf16": ((F32,), (BF16,), BF16),
+    "by_layer": ((F32, BF16, F16), (BF16, F32, F32, F16), F32),
+    "teacher_bf16": ((F32,), (F32,), BF16),
+}
+FACTORS: dict[str, list[Any]] = {
+    "dtypes": list(DTYPES),
+    "tokens": list(GRIDS),
+    "batch": [0, 1, 3, 8, 64],
+    "layers": [1, 4, 6],
+    "width": [1, 7, 32, 250, 256, 512, 768, 1024, 1032],
+    "layout": list(LAYOUTS),
+    "region": ["touch", "center", "coverage", "nearest", "weights", "bool"],
+    "padded": [False, True],
+    "distance": [None, 1.0, 1e-2],
+    "spread": [1e-2, 1.0, 8.0],
+}
+
+
+def small_enough(case: dict[str, Any]) -> bool:
+    """The truth is worked out on the CPU, sample by sample."""
+    return case["batch"] * case["layers"] * case["tokens"] * case["width"] <= 5_000_000
+
+
+@pytest.mark.parametrize("case", pairwise(FACTORS, small_enough), ids=case_id)
+def test_against_the_equations(case: dict[str, Any]) -> None:
+    query, key, teacher = DTYPES[case["dtypes"]]
+    problem = make_problem(
+        layers=case["layers"],
+        batch=case["batch"],
+        tokens=case["tokens"],
+        width=case["width"],
+        query_dtype=query,
+        key_dtype=key,
+        teacher_dtype=None if case["distance"] is None else teacher,
+        layout=case["layout"],
+        region=case["region"],
+        padded=case["padded"],
+        spread=case["spread"],
+        teacher_distance=case["distance"] or 0,
+    )
+    there = on_device(problem)
+    poison()
+    solution = solve(there, "cuda")
+    assert_solves(at_home(solution), literal(problem))
+    again = solve(there, "cuda")
+    assert all(map(same_bits, solution.tensors(), again.tensors()))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("offset", [1, 3, 8])
+def test_pointers_that_are_not_aligned(dtype: torch.dtype, offset: int) -> None:
+    problem = make_problem(tokens=400, width=256, key_dtype=(dtype,), teacher_dtype=dtype)
+    truth = literal(problem)
+    there = on_device(problem)
+
+    def shifted(key: torch.Tensor) -> torch.Tensor:
+        return torch.empty(key.numel() + offset, dtype=key.dtype, device=DEVICE)[offset:].view(key.shape).copy_(key)
+
+    there.key = [shifted(key) for key in there.key]
+    assert any(key.data_ptr() % 16 for key in there.key) or offset == 8
+    assert_solves(at_home(solve(there, "cuda")), truth)
+
+
+def test_training_shape() -> None:
+    """L=6, B=64, N=400, D=256 in bf16: too much for the literal truth, so the reference in float64 on the device."""
+    problem = on_device(make_problem(layers=6, batch=64, tokens=400, width=256, key_dtype=(BF16,), teacher_dtype=BF16))
+    wide = problem.to(torch.float64)
+    wide.incoming = tuple(gradient.double() for gradient in problem.incoming)
+    solution, truth = solve(problem, "cuda"), solve(wide, "reference")
+    for name, actual, expected in (
+        *zip(("in_box", "rac", "mrc"), solution.terms[:3], truth.terms[:3], strict=True),
+        *(("query", *pair) for pair in zip(solution.grad_query, truth.grad_query, strict=True)),
+        *(("key", *pair) for pair in zip(solution.grad_key, truth.grad_key, strict=True)),
+    ):
+        error = (actual.double() - expected).norm() / expected.norm()
+        assert error <= (3e-2 if name == "key" else 2e-5), name
+
+
+def test_more_than_two_billion_elements() -> None:
+    """Offsets are 64 bits wide: the last sample of a key of 2^31 elements and more is read and its gradient written."""
+    batch, tokens, width = 6000, 1400, 256
+    if torch.cuda.get_device_properties(DEVICE).total_memory < 20 << 30:
+        pytest.skip("needs 20 GB of GPU memory")
+    assert batch * tokens * width > 2**31
+    key = torch.empty(batch, tokens, width, dtype=BF16, device=DEVICE).normal_().requires_grad_()
+    query = torch.randn(batch, width, device=DEVICE)
+    region = torch.rand(batch, tokens, device=DEVICE)
+    terms = attention_terms(QueryAttention(query, key, 0.05), region, backend="cuda")
+    (gradient,) = torch.autograd.grad(terms.rac.sum(), key)
+    for sample in (0, batch // 2, batch - 1):
+        one = slice(sample, sample + 1)
+        lone = key.detach()[one].double().requires_grad_()
+        truth = attention_terms(
+            QueryAttention(query[one].double(), lone, 0.05), region[one].double(), backend="reference"
+        )
+        (expected,) = torch.autograd.grad(truth.rac.sum(), lone)
+        assert (terms.rac[:, one] - truth.rac).abs().max() <= 2e-5 * truth.rac.abs().max()
+        assert (gradient[one].double() - expected).norm() <= 4e-3 * expected.norm()
+
+
+def test_float64_is_left_to_the_reference() -> None:
+    problem = on_device(make_problem(query_dtype=(torch.float64,), key_dtype=(torch.float64,)))
+    with pytest.raises(BackendUnavailable, match="float64"):
+        solve(problem, "cuda")
+    assert choose("auto", "cuda", torch.float64) == "reference"
+    assert all(map(same_bits, solve(problem, "auto").tensors(), solve(problem, "reference").tensors()))
+
+
+def test_auto_takes_the_cuda_kernels() -> None:
+    problem = on_device(make_problem(tokens=401, width=40))
+    assert choose("auto", "cuda", F32) == "cuda"
+    assert all(map(same_bits, solve(problem, "auto").tensors(), solve(problem, "cuda").tensors()))
+
+
+def test_cpu_tensors_are_refused() -> None:
+    with pytest.raises(BackendUnavailable, match="the tensors are on cpu"):
+        solve(make_problem(), "cuda")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+def test_tensors_of_two_devices_are_refused(backend: str) -> None:
+    boxes = torch.rand(3, 4)
+    key = torch.randn(3, 4, 8, device=DEVICE)
+    student = QueryAttention(torch.randn(3, 8, device=DEVICE), key, 0.1)
+    with pytest.raises(ValueError, match="region must be on cuda:0"):
+        attention_terms(student, BoxRegion(boxes, (2, 2)), backend=backend)
