@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -28,8 +29,12 @@ VARIANTS = {
 }
 
 
+# How to build where nothing else is asked for.
+VARIANT = os.environ.get("ATTBALANCE_EMULATION_VARIANT", "plain")
+
+
 @functools.cache
-def load(module: str, variant: str = "plain") -> ModuleType:
+def load(module: str, variant: str = VARIANT) -> ModuleType:
     """The compiled module of this name; its operators are registered from then on.
 
     Raises:
@@ -44,7 +49,7 @@ def load(module: str, variant: str = "plain") -> ModuleType:
     return loaded
 
 
-def build(module: str, variant: str = "plain") -> Path:
+def build(module: str, variant: str = VARIANT) -> Path:
     """Bring the module up to date. Safe when several processes ask at once."""
     directory = BUILDS / f"{variant}-{sys.implementation.cache_tag}-torch-{torch.__version__}"
     directory.mkdir(parents=True, exist_ok=True)
@@ -77,7 +82,8 @@ def _tool(name: str) -> str:
 
 
 def _run(*command: str) -> None:
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # a sanitiser's runtime
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}")
 

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "emulator.h"
@@ -12,16 +13,26 @@
 namespace emulation {
 namespace {
 
+constexpr const char* kOrders[] = {"forward", "reversed", "shuffled"};
+
 Order order_named(const std::string& name) {
-    if (name == "forward") return Order::kForward;
-    if (name == "reversed") return Order::kReversed;
-    if (name == "shuffled") return Order::kShuffled;
+    for (int i = 0; i < 3; ++i) {
+        if (name == kOrders[i]) return static_cast<Order>(i);
+    }
     throw std::invalid_argument("an order is forward, reversed or shuffled, got '" + name + "'");
 }
 
-void configure(int multiprocessors, const std::string& blocks, const std::string& threads, uint64_t seed,
-               uint8_t shared_fill) {
-    settings() = {multiprocessors, order_named(blocks), order_named(threads), seed, shared_fill};
+pybind11::dict configure(int multiprocessors, const std::string& blocks, const std::string& threads,
+                         uint64_t seed, uint8_t shared_fill) {
+    const Settings wanted = {multiprocessors, order_named(blocks), order_named(threads), seed, shared_fill};
+    const Settings before = std::exchange(settings(), wanted);
+    pybind11::dict arguments;
+    arguments["multiprocessors"] = before.multiprocessors;
+    arguments["block_order"] = kOrders[static_cast<int>(before.blocks)];
+    arguments["thread_order"] = kOrders[static_cast<int>(before.threads)];
+    arguments["seed"] = before.seed;
+    arguments["shared_fill"] = before.shared_fill;
+    return arguments;
 }
 
 using Size = std::tuple<unsigned, unsigned, unsigned>;
@@ -40,8 +51,8 @@ std::vector<std::tuple<std::string, Size, Size, size_t>> logged() {
 
 void bind_controls(pybind11::module_& module) {
     using namespace pybind11::literals;
-    module.def("configure", configure, pybind11::kw_only(), "multiprocessors"_a, "block_order"_a,
-               "thread_order"_a, "seed"_a, "shared_fill"_a);
+    module.def("configure", configure, "Returns the arguments that would undo it", pybind11::kw_only(),
+               "multiprocessors"_a, "block_order"_a, "thread_order"_a, "seed"_a, "shared_fill"_a);
     module.def("launches", logged, "(kernel, grid, block, bytes of shared memory) of each, in order");
     module.def("clear_launches", [] { launches().clear(); });
 }

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from attbalance_ext.kernels import choose
 from tests.emulation.build import load
@@ -37,15 +36,15 @@ class Device:
         thread_order: str = "forward",
         seed: int = 0,
         shared_fill: int = 0xFF,
-    ) -> None:
-        """Set how the next kernels run.
+    ) -> dict[str, Any]:
+        """Set how the next kernels run; the arguments that set it back.
 
         multiprocessors: what the launchers are told. block_order: "forward" | "reversed" | "shuffled" by ``seed``: in
         which order blocks run, one after another. thread_order: in which order the threads of a block run, each as far
         as it gets without the others. shared_fill: each byte of fresh shared memory; 0xFF makes NaN of every float
         type. A right kernel gives the same bits whatever the orders and the fill.
         """
-        self._module.configure(
+        return self._module.configure(
             multiprocessors=multiprocessors,
             block_order=block_order,
             thread_order=thread_order,
@@ -73,11 +72,10 @@ def emulated_cuda(
 ) -> Iterator[Device]:
     """Backend "cuda" runs on CPU tensors inside; yields the device, with an empty log of launches.
 
-    The arguments are those of :meth:`Device.configure`. Compiles the kernels on first use;
-    ``ATTBALANCE_EMULATION_VARIANT`` names another way to build them (see ``build.VARIANTS``).
+    The arguments are those of :meth:`Device.configure`. Compiles the kernels on first use.
     """
-    device = Device(load("_emulated_cuda", os.environ.get("ATTBALANCE_EMULATION_VARIANT", "plain")))
-    device.configure(
+    device = Device(load("_emulated_cuda"))
+    before = device.configure(
         multiprocessors=multiprocessors,
         block_order=block_order,
         thread_order=thread_order,
@@ -91,3 +89,4 @@ def emulated_cuda(
         yield device
     finally:
         choose.BACKENDS["cuda"] = real
+        device.configure(**before)

@@ -27,7 +27,9 @@ std::mutex device;  // one kernel at a time
 std::map<const void*, size_t> shared_limits;
 Block* running_block = nullptr;
 
-/// The function's name with template arguments, without return type, parameters and namespace.
+const std::string kNamespace = "attbalance::";
+
+/// The function's name with template arguments, without return type, parameters and our namespace.
 std::string name_of(const void* kernel) {
     Dl_info info = {};
     if (dladdr(kernel, &info) == 0 || info.dli_sname == nullptr || info.dli_saddr != kernel) {
@@ -37,8 +39,8 @@ std::string name_of(const void* kernel) {
     const std::unique_ptr<char, decltype(&std::free)> demangled(
         abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status), std::free);
     std::string name = demangled ? demangled.get() : info.dli_sname;
-    const size_t last = name.rfind("::", name.find_first_of("<("));
-    if (last != std::string::npos) name.erase(0, last + 2);
+    name.erase(0, name.rfind(' ', name.find_first_of("<(")) + 1);  // the return type; npos + 1 is 0
+    for (size_t at; (at = name.find(kNamespace)) != std::string::npos;) name.erase(at, kNamespace.size());
     int depth = 0;
     for (size_t i = 0; i < name.size(); ++i) {
         depth += name[i] == '<' ? 1 : name[i] == '>' ? -1 : 0;

@@ -21,13 +21,10 @@ from tests.emulation.guard import guarded
 
 ONE = (1, 1, 1)
 ORDERS = ("forward", "reversed", "shuffled")
-VARIANT = os.environ.get("ATTBALANCE_EMULATION_VARIANT", "plain")
-unsanitised = pytest.mark.skipif(VARIANT == "sanitised", reason="AddressSanitizer ends the process first")
+unsanitised = pytest.mark.skipif(build.VARIANT == "sanitised", reason="AddressSanitizer ends the process first")
 
 
-@pytest.fixture(
-    scope="module", params=[VARIANT] if "ATTBALANCE_EMULATION_VARIANT" in os.environ else ["plain", "ucontext"]
-)
+@pytest.fixture(scope="module", params=["plain", "ucontext"] if build.VARIANT == "plain" else [build.VARIANT])
 def kernels(request: pytest.FixtureRequest) -> ModuleType:
     return build.load("_tiny_kernels", request.param)
 
@@ -108,6 +105,13 @@ def test_multiprocessors(kernels: ModuleType, device: Device) -> None:
     assert kernels.multiprocessors() == 132
     device.configure(multiprocessors=7)
     assert kernels.multiprocessors() == 7
+
+
+def test_settings_can_be_set_back(device: Device) -> None:
+    wanted = {"multiprocessors": 3, "block_order": "reversed", "thread_order": "shuffled", "seed": 5, "shared_fill": 1}
+    before = device.configure(**wanted)
+    assert device.configure(**before) == wanted
+    assert device.configure() == before
 
 
 def test_unknown_order(device: Device) -> None:
