@@ -6,8 +6,8 @@
 
 #include <cstdint>
 
+#include "launch_plan.h"
 #include "objective.h"
-#include "plan.h"
 
 namespace attbalance {
 

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import BACKENDS, NATIVE, same_bits
+from helpers import BACKENDS, DOUBLE, NATIVE, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -24,8 +24,10 @@ def box_loss(pred: Tensor, target: Tensor, backend: str, **config: float) -> tup
     return output, gradient * len(target)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [*((name, torch.float32) for name in NATIVE), *((name, torch.float64) for name in NATIVE if name in DOUBLE)],
+)
 def test_iou_has_the_reference_s_bits(backend: str, dtype: torch.dtype) -> None:
     """rho is discontinuous in IoU: backends that round it differently would give another loss."""
     pred, target = torch.rand(20_000, 4, dtype=dtype), torch.rand(20_000, 4, dtype=dtype)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import BACKENDS, NATIVE, poisoned_memory, same_bits, threads
+from helpers import BACKENDS, DOUBLE, NATIVE, poisoned_memory, same_bits, threads
 from helpers_loss import LossProblem, make_loss_problem, solve_loss
 from torch import Tensor
 
@@ -79,7 +79,7 @@ def test_low_precision_boxes(backend: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("config", [AttBalanceConfig(rho="off"), AttBalanceConfig(rho="off", difficulty_from="last")])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", DOUBLE)
 def test_gradcheck(backend: str, config: AttBalanceConfig) -> None:
     problem = make_loss_problem(layers=2, batch=3, stages=2, dtype=torch.float64, invalid=True)
     leaves = [t.requires_grad_() for t in (problem.rac, problem.mrc, problem.pred)]
