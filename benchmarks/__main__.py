@@ -12,15 +12,16 @@ import typer
 from rich.console import Console
 
 from benchmarks.allocator import keep_freed_memory
+from benchmarks.cuda import CudaClock
 from benchmarks.plot import plot as draw
-from benchmarks.providers import PROVIDERS
+from benchmarks.providers import BY_DEVICE, PROVIDERS
 from benchmarks.results import RESULTS, Row, append, latest, load
 from benchmarks.runner import run_case
 from benchmarks.suites import SUITES
 from benchmarks.suites.op import OpCase
 from benchmarks.table import print_tables
 from benchmarks.task import MODES
-from benchmarks.timing import CpuClock
+from benchmarks.timing import Clock, CpuClock
 
 app = typer.Typer(
     help="Time the fused ops against what people use instead; correctness first.",
@@ -38,7 +39,7 @@ File = Annotated[Path, typer.Option(help="The results file.")]
 @app.command()
 def run(
     suite: Annotated[str, typer.Option(help=f"What to measure: {', '.join(SUITES)}.")] = "op",
-    device: Annotated[str, typer.Option(help="Where: cpu.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where: cpu or cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads; PyTorch's choice when left out.")] = None,
     batch: Annotated[list[int], typer.Option(help="Samples; repeat for several cases.")] = [8, 32],  # noqa: B006
     layers: Annotated[int, typer.Option(help="Supervised layers.")] = 6,
@@ -47,7 +48,9 @@ def run(
     dtype: Annotated[str, typer.Option(help=f"Of the keys: {', '.join(DTYPES)}.")] = "float32",
     teacher: Annotated[bool, typer.Option("--teacher", help="With a teacher's keys: RAC and MRC.")] = False,
     mode: Annotated[list[str], typer.Option(help=f"{', '.join(MODES)}; repeat for several.")] = list(MODES),  # noqa: B006
-    provider: Annotated[list[str], typer.Option(help=f"{', '.join(PROVIDERS)}; repeat.")] = list(PROVIDERS),  # noqa: B006
+    provider: Annotated[
+        list[str], typer.Option(help=f"{', '.join(PROVIDERS)}; repeat. All of the device's when left out.")
+    ] = [],  # noqa: B006
     rounds: Annotated[int, typer.Option(help="Timed calls of each provider and mode.")] = 50,
     warm: Annotated[bool, typer.Option("--warm", help="Keep caches warm between calls (default: cold).")] = False,
     allocator: Annotated[
@@ -57,7 +60,7 @@ def run(
 ) -> None:
     """Check every provider against fp64, time those that pass, append rows to the results file, print the table."""
     _require("--suite", [suite], SUITES)
-    _require("--device", [device], ["cpu"])
+    _require("--device", [device], BY_DEVICE)
     _require("--dtype", [dtype], DTYPES)
     _require("--mode", mode, MODES)
     _require("--provider", provider, PROVIDERS)
@@ -68,7 +71,10 @@ def run(
         torch.set_num_threads(threads)
     if (load := os.getloadavg()[0]) > 0.5:
         console.print(f"system load {load:.1f}: other programs are running, these times will be noisy", style="yellow")
-    clock = CpuClock(cold=not warm)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("--device cuda: PyTorch finds no CUDA device")
+    clock: Clock = CudaClock(cold=not warm) if device == "cuda" else CpuClock(cold=not warm)
+    providers = [PROVIDERS[name] for name in provider] or BY_DEVICE[device]
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     for size in batch:
         case = OpCase(layers, size, tokens, width, DTYPES[dtype], teacher)
@@ -76,12 +82,13 @@ def run(
             rows = run_case(
                 SUITES[suite],
                 case,
-                [PROVIDERS[name] for name in provider],
+                providers,
                 run=started,
                 modes=mode,
                 rounds=rounds,
                 clock=clock,
                 allocator=allocator,
+                device=torch.device(device),
                 say=lambda text, size=size: status.update(f"B = {size}: {text}"),  # type: ignore[misc]
             )
         append(rows, output)

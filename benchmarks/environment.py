@@ -18,6 +18,7 @@ def environment(device: torch.device, cache: str, allocator: str) -> dict[str, A
     return {
         "device": device.type,
         "cpu": _cpu_model(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cache": cache,

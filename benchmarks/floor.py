@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.timing import CpuClock
+from benchmarks.timing import Clock
 
 Move = Callable[[Tensor], Any]
 
@@ -19,7 +19,7 @@ class Floor:
     A kernel may come out a little below it: nothing says that PyTorch's reduction is the fastest possible read.
     """
 
-    def __init__(self, read: Sequence[Tensor], write: Sequence[Tensor], clock: CpuClock) -> None:
+    def __init__(self, read: Sequence[Tensor], write: Sequence[Tensor], clock: Clock) -> None:
         self._read = [_integers(t) for t in read]
         self._write = [_integers(t) for t in write]
         self._reader = _fastest([_sum, _amax], self._read, clock)
@@ -63,7 +63,7 @@ def _zero(tensor: Tensor) -> Tensor:
     return tensor.zero_()
 
 
-def _fastest(moves: Sequence[Move], tensors: Sequence[Tensor], clock: CpuClock) -> Move:
+def _fastest(moves: Sequence[Move], tensors: Sequence[Tensor], clock: Clock) -> Move:
     def cost(move: Move) -> float:
         def all_tensors() -> None:
             for tensor in tensors:

@@ -27,16 +27,21 @@ class Row:
     status: str  # "ok", "failed: ..." (the gate's verdict) or "unavailable: ..."
     error: float | None  # worst relative error against fp64
     timing: Timing | None
-    floor: float  # ms: the median of moving `bytes` in the same run
+    floor: float  # ms of moving `bytes`: on a CPU the median in the same run, on a GPU at its copy bandwidth
     bytes: int
     formula: str
     kept: int | None  # bytes autograd keeps beyond inputs
     environment: dict[str, Any]
+    # On a GPU alone:
+    peak: int | None = None  # bytes allocated at the peak of forward + backward beyond what was there before
+    launches: int | None = None  # kernels, copies and fills of one call
+    host: float | None = None  # ms until the call returns, with the device busy: what it costs the Python thread
 
     @property
     def group(self) -> str:
         """Rows with the same group belong in one table: the same case on the same machine and settings."""
-        settings = {name: self.environment[name] for name in ("device", "cpu", "threads", "cache", "allocator")}
+        names = ("device", "cpu", "gpu", "threads", "cache", "allocator")
+        settings = {name: self.environment.get(name) for name in names}
         return json.dumps([self.suite, self.case, settings], sort_keys=True)
 
 

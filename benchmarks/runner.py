@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from attbalance_ext import BackendUnavailable
-from benchmarks import gate
+from benchmarks import cuda, gate
 from benchmarks.environment import environment
 from benchmarks.floor import Floor
 from benchmarks.memory import kept_bytes
 from benchmarks.results import Row
 from benchmarks.task import MODES, Bytes, Case, Provider, Suite, Task
-from benchmarks.timing import Contender, CpuClock, interleave
+from benchmarks.timing import Clock, Contender, CpuClock, interleave
 
 FLOOR, FRESH_FLOOR = "floor", "floor-fresh"
 _FLOOR_TITLES = {
@@ -32,7 +32,7 @@ def run_case(
     run: str,
     modes: Sequence[str] = MODES,
     rounds: int = 50,
-    clock: CpuClock | None = None,
+    clock: Clock | None = None,
     allocator: str = "system",
     device: torch.device | None = None,
     say: Callable[[str], object] = lambda text: None,
@@ -47,7 +47,9 @@ def run_case(
     gradients = suite.gradients(inputs)
     truth = suite.truth(inputs)
     size = suite.bytes(case)
-    floor = Floor(*suite.floor(inputs), clock)
+    on_gpu = device.type == "cuda"
+    floor = None if on_gpu else Floor(*suite.floor(inputs), clock)
+    bandwidth = cuda.copy_bandwidth() if on_gpu else 0
 
     entrants: list[tuple[Provider, Task | None, str, float | None, int | None]] = []
     for provider in providers:
@@ -61,7 +63,8 @@ def run_case(
             continue
         verdict = gate.check(task, truth, gradients, suite.tolerance(case))
         if verdict.passed:
-            entrants.append((provider, task, "ok", verdict.error, kept_bytes(task)))
+            kept = kept_bytes(task) if "forward" in task.modes else None  # a replayed pass keeps nothing anew
+            entrants.append((provider, task, "ok", verdict.error, kept))
         else:
             entrants.append((provider, None, f"failed: {verdict}", verdict.error, None))
 
@@ -70,16 +73,17 @@ def run_case(
         contenders |= {
             _key(provider.name, mode): _contender(task, mode, gradients)
             for provider, task, *_ in entrants
-            if task is not None
+            if task is not None and mode in task.modes
         }
-        contenders[_key(FLOOR, mode)] = _floor_contender(floor.read, floor.write, mode)
-        contenders[_key(FRESH_FLOOR, mode)] = _floor_contender(floor.read, floor.write_fresh, mode)
+        if floor is not None:
+            contenders[_key(FLOOR, mode)] = _floor_contender(floor.read, floor.write, mode)
+            contenders[_key(FRESH_FLOOR, mode)] = _floor_contender(floor.read, floor.write_fresh, mode)
     say("timing")
     timings = interleave(contenders, clock, rounds=rounds)
 
     where = environment(device, clock.cache, allocator)
 
-    def row(name: str, title: str, mode: str, status: str, error: float | None, kept: int | None) -> Row:
+    def row(name: str, title: str, mode: str, status: str, error: float | None, kept: int | None, **gpu: Any) -> Row:
         moved, formula = _moved(size, mode)
         return Row(
             run=run,
@@ -91,20 +95,37 @@ def run_case(
             status=status,
             error=error,
             timing=timings.get(_key(name, mode)),
-            floor=timings[_key(FLOOR, mode)].median,
+            floor=1e3 * moved / bandwidth if on_gpu else timings[_key(FLOOR, mode)].median,
             bytes=moved,
             formula=formula,
             kept=kept,
             environment=where,
+            **gpu,
         )
+
+    def gpu_columns(task: Task | None, mode: str) -> dict[str, Any]:
+        if task is None or not on_gpu:
+            return {}
+        contender = _contender(task, mode, gradients)
+        return {
+            "peak": cuda.peak_bytes(task, gradients) if "forward" in task.modes else None,
+            "launches": cuda.launches(contender()),
+            "host": cuda.host_milliseconds(contender),
+        }
 
     return [
         *(
-            row(provider.name, provider.title, mode, status, error, kept)
-            for provider, _, status, error, kept in entrants
+            row(provider.name, provider.title, mode, status, error, kept, **gpu_columns(task, mode))
+            for provider, task, status, error, kept in entrants
             for mode in modes
+            if task is None or mode in task.modes
         ),
-        *(row(name, title, mode, "ok", None, None) for name, title in _FLOOR_TITLES.items() for mode in modes),
+        *(
+            row(name, title, mode, "ok", None, None)
+            for name, title in _FLOOR_TITLES.items()
+            for mode in modes
+            if floor is not None
+        ),
     ]
 
 

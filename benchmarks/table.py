@@ -11,6 +11,7 @@ from rich.table import Table
 from benchmarks.providers import BASELINE
 from benchmarks.results import Row
 from benchmarks.task import MODES
+from benchmarks.timing import Timing
 
 
 def print_tables(groups: Iterable[Sequence[Row]], console: Console) -> None:
@@ -35,12 +36,17 @@ def _table(rows: Sequence[Row]) -> Table:
         padding=0,
     )
     table.add_column("ms", no_wrap=True)
-    for heading in (*modes, "20-80 %", f"x {BASELINE}", "x floor", "kept MB", "error"):
+    on_gpu = rows[0].environment.get("gpu") is not None
+    gpu_columns = ("GB/s", "peak MB", "launches", "host") if on_gpu else ()
+    for heading in (*modes, "20-80 %", f"x {BASELINE}", "x floor", "kept MB", "error", *gpu_columns):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, row in by_provider.items():
         if row.timing is None:
             table.add_row(
-                name, *["-"] * (len(modes) + 4), row.status.split(":")[0].replace("unavailable", "n/a"), style="red"
+                name,
+                *["-"] * (len(modes) + 4 + len(gpu_columns)),
+                row.status.split(":")[0].replace("unavailable", "n/a"),
+                style="red",
             )
             continue
         times = {r.mode: r.timing for r in rows if r.provider == name}
@@ -52,9 +58,19 @@ def _table(rows: Sequence[Row]) -> Table:
             f"{row.timing.median / row.floor:.2f}",
             "-" if row.kept is None else f"{row.kept / 1e6:.2f}",
             "-" if row.error is None else f"{row.error:.0e}",
+            *(_gpu_cells(row, row.timing) if on_gpu else ()),
             style="bold" if name.startswith("ours") else "",
         )
     return table
+
+
+def _gpu_cells(row: Row, timing: Timing) -> tuple[str, ...]:
+    return (
+        f"{row.bytes / timing.median / 1e6:.0f}",
+        "-" if row.peak is None else f"{row.peak / 1e6:.1f}",
+        "-" if row.launches is None else str(row.launches),
+        "-" if row.host is None else _ms(row.host),
+    )
 
 
 def _ms(value: float) -> str:
@@ -64,19 +80,26 @@ def _ms(value: float) -> str:
 def _title(row: Row) -> str:
     case = ", ".join(f"{name}={value}" for name, value in row.case.items())
     where = row.environment
-    machine = f"{where['cpu']}, {where['threads']} thread(s), torch {where['torch']}"
+    machine = where.get("gpu") or f"{where['cpu']}, {where['threads']} thread(s)"
+    machine = f"{machine}, torch {where['torch']}"
     state = f"{where['cache']} cache, allocator {where['allocator']}, system load {where['load']}"
     return f"{row.suite}: {case}\n{machine}\n{state}"
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:
     last = rows[-1]
+    on_gpu = last.environment.get("gpu") is not None
     commit = last.environment["commit"] or "unknown"
     modified = " with uncommitted changes" if last.environment["modified"] else ""
     return [
         f"{last.mode}: speed-up over {BASELINE}, 20-80 % quantiles, ratio to the time of moving",
-        f"{last.bytes / 1e6:.1f} MB ({last.formula}) in the same run",
+        f"{last.bytes / 1e6:.1f} MB ({last.formula}) {'at the bandwidth of a copy' if on_gpu else 'in the same run'}",
         "kept: saved for backward beyond the inputs; error: worst result against fp64",
+        *(
+            ["peak: allocated beyond the inputs; host: ms until the call returns while the device is busy"]
+            if on_gpu
+            else []
+        ),
         *(f"{name}: {title}" for name, title in {row.provider: row.title for row in rows}.items()),
         *sorted({f"{row.provider} {row.status}" for row in rows if row.status != "ok"}),
         f"commit {commit}{modified}, {last.run}",

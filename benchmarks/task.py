@@ -18,12 +18,13 @@ class Task:
 
     `forward` returns the suite's outputs in the suite's order. `inputs` are the leaves whose gradients the suite
     compares, in the suite's order; `extra` are further leaves that this way of computing has to differentiate (the
-    weights of a projection it repeats): timed, not compared.
+    weights of a projection it repeats): timed, not compared. `modes` are those it can be timed in.
     """
 
     forward: Callable[[], Sequence[Tensor]]
     inputs: Sequence[Tensor]
     extra: Sequence[Tensor] = ()
+    modes: Sequence[str] = MODES
 
     def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Gradients of `inputs`, for one incoming gradient per output."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -33,6 +33,14 @@ class Timing:
             milliseconds *= 2  # one sample is all its quantiles
         quintiles = statistics.quantiles(milliseconds, n=5, method="inclusive")
         return cls(statistics.median(milliseconds), quintiles[0], quintiles[3], min(milliseconds), len(seconds))
+
+
+class Clock(Protocol):
+    """How long one call takes, and from which cache state."""
+
+    cache: str  # "cold" or "warm"
+
+    def seconds(self, contender: Contender) -> float: ...
 
 
 class CpuClock:
@@ -60,9 +68,7 @@ class CpuClock:
         return (stop - start) / 1e9
 
 
-def interleave(
-    contenders: Mapping[str, Contender], clock: CpuClock, *, rounds: int, warmup: int = 3
-) -> dict[str, Timing]:
+def interleave(contenders: Mapping[str, Contender], clock: Clock, *, rounds: int, warmup: int = 3) -> dict[str, Timing]:
     """Time every contender `rounds` times, after `warmup` untimed rounds.
 
     One round calls each contender once, so that a slow spell of the machine hits all of them, and the order rotates, so
