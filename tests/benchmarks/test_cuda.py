@@ -113,8 +113,7 @@ def test_a_provider_is_timed_only_in_its_modes() -> None:
 
 
 def test_table_of_gpu_rows() -> None:
-    console = Console(width=160, record=True, quiet=True)
-    console.quiet = False
+    console = Console(width=160)
     with console.capture() as capture:
         print_tables([[ROW]], console)
     text = capture.get()
