@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-import pybind11
 import torch
 
 SOURCES = Path(__file__).parent
@@ -51,6 +50,8 @@ def load(module: str, variant: str = VARIANT) -> ModuleType:
 
 def build(module: str, variant: str = VARIANT) -> Path:
     """Bring the module up to date. Safe when several processes ask at once."""
+    import pybind11  # needed to compile only: the tests of an installed wheel have no compiler either
+
     directory = BUILDS / f"{variant}-{sys.implementation.cache_tag}-torch-{torch.__version__}"
     directory.mkdir(parents=True, exist_ok=True)
     torch_directory = Path(torch.__file__).parent

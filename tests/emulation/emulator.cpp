@@ -33,7 +33,7 @@ const std::string kNamespace = "attbalance::";
 std::string name_of(const void* kernel) {
     Dl_info info = {};
     if (dladdr(kernel, &info) == 0 || info.dli_sname == nullptr || info.dli_saddr != kernel) {
-        throw std::runtime_error("the emulator finds no name for this kernel: give it external linkage");
+        throw std::invalid_argument("the emulator finds no name for this kernel: give it external linkage");
     }
     int status = 0;
     const std::unique_ptr<char, decltype(&std::free)> demangled(
@@ -78,9 +78,10 @@ void run_grid(const cudaLaunchConfig_t& config, void (*thread)(const void*), con
     running_block = &block;
     gridDim = config.gridDim;
     blockDim = config.blockDim;
+    guard_shared_memory(config.dynamicSmemBytes);
     for (const uint64_t i : arrange(volume(config.gridDim), with.blocks, with.seed)) {
         blockIdx = unravel(i, config.gridDim);
-        prepare_shared_memory(config.dynamicSmemBytes, with.shared_fill);
+        fill_shared_memory(config.dynamicSmemBytes, with.shared_fill);
         block.run();
         check_shared_memory(config.dynamicSmemBytes);
     }

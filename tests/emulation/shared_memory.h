@@ -6,11 +6,14 @@
 
 namespace emulation {
 
-/// Fill `bytes` of it for a new block, and guard the rest: by AddressSanitizer where that is on, else by a
-/// pattern that `check_shared_memory` looks for.
-void prepare_shared_memory(size_t bytes, uint8_t fill);
+/// Guard what lies behind the first `bytes`, for the blocks of one launch: by AddressSanitizer where that is
+/// on, else by a pattern that `check_shared_memory` looks for.
+void guard_shared_memory(size_t bytes);
 
-/// Raise std::runtime_error if the block wrote past its `bytes`.
+/// Fill it for a new block.
+void fill_shared_memory(size_t bytes, uint8_t fill);
+
+/// Raise std::runtime_error if a block wrote past its `bytes`.
 void check_shared_memory(size_t bytes);
 
 }  // namespace emulation

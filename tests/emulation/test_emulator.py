@@ -75,6 +75,14 @@ def test_an_empty_grid_launches_nothing(kernels: ModuleType, device: Device) -> 
     assert device.launches() == []
 
 
+def test_a_kernel_has_a_name(kernels: ModuleType, device: Device) -> None:
+    with pytest.raises(
+        RuntimeError, match=r"nameless: the emulator finds no name for this kernel: .* external linkage"
+    ):
+        kernels.nameless(ONE, ONE, 0)
+    assert device.launches() == []
+
+
 @pytest.mark.parametrize(
     ("grid", "block", "shared", "message"),
     [

@@ -31,6 +31,9 @@ __global__ void indices(int* out) {
     for (int i = 0; i < 12; ++i) row[i] = static_cast<int>(found[i]);
 }
 
+/// Cannot be found by name.
+static __global__ void nameless() {}
+
 // --- warps ------------------------------------------------------------------------------------------------
 
 enum Shuffle { kIndexed, kUp, kDown, kXor };
@@ -236,6 +239,7 @@ PYBIND11_MODULE(_tiny_kernels, module) {
     using namespace attbalance;
     emulation::bind_controls(module);
     bind(module, "indices", indices);
+    bind(module, "nameless", nameless);
     bind(module, "shuffle_int", shuffle<int>);
     bind(module, "shuffle_unsigned", shuffle<unsigned>);
     bind(module, "shuffle_float", shuffle<float>);
