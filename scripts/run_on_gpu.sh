@@ -1,0 +1,124 @@
+#!/bin/bash
+# Everything that only a GPU can answer, in one command of at most 9 minutes, for a machine without a network.
+#
+#   scripts/run_on_gpu.sh [OUTPUT]       OUTPUT: folder for the results (default ./gpu-results)
+#
+# Needs Python (PYTHON=..., default python3) with a CUDA build of PyTorch, and nvcc, a C++ compiler and CMake to build with
+# or, instead of those three, a wheel built elsewhere in dist/, whose libraries are used with the checkout's Python files:
+# pip wheel . --no-build-isolation --no-deps -w dist. What else is missing is said, and the steps that need it are left
+# out. A step that fails or takes too long does not stop the next. The exit status is 1 if any step failed.
+# Results: summary.txt, log.txt, gpu-tests.xml, results.jsonl, ncu.txt.
+set -u
+mkdir -p "${1:-gpu-results}" && output=$(cd "${1:-gpu-results}" && pwd) || exit 1
+cd "$(dirname "$0")/.." || exit 1
+summary=$output/summary.txt
+log=$output/log.txt
+: >"$summary"
+: >"$log"
+budget=530  # seconds for everything
+failed=0
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+export PATH="$PATH:/usr/local/cuda/bin" PYTHONUNBUFFERED=1
+
+say() { echo "$*" | tee -a "$summary"; }
+
+skip() { say "left out $1: $2"; }
+
+# step NAME SECONDS COMMAND...: run it, its output to the log, one line to the summary.
+step() {
+  local name=$1 limit=$2 started=$SECONDS left=$((budget - SECONDS)) status
+  shift 2
+  if [ $left -lt 10 ]; then
+    failed=1
+    skip "$name" "the time is used up"
+    return 1
+  fi
+  [ "$limit" -le $left ] || limit=$left
+  echo "=== $name: $*" >>"$log"
+  timeout -k 5 "$limit" "$@" >>"$log" 2>&1
+  status=$?
+  case $status in
+    0) say "ok      $name ($((SECONDS - started)) s)" ;;
+    124 | 137) say "TIMEOUT $name (after $limit s)" ;;
+    *) say "FAILED  $name (exit $status, $((SECONDS - started)) s), see log.txt" ;;
+  esac
+  [ $status -eq 0 ] || failed=1
+  return $status
+}
+
+has_module() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
+
+# --- install ---------------------------------------------------------------------------------------------------------
+
+PYTHON=${PYTHON:-python3}
+"$PYTHON" -c '
+import torch
+p = torch.cuda.get_device_properties(0)
+print(f"{p.name}, sm_{p.major}{p.minor}, {p.multi_processor_count} multiprocessors, PyTorch {torch.__version__}")
+' >"$work/device" 2>>"$log" || { say "FAILED: $PYTHON has no PyTorch that finds a CUDA device, see log.txt"; exit 1; }
+say "$(cat "$work/device")"
+say "commit $(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)"
+step "virtual environment" 60 "$PYTHON" -m venv --system-site-packages "$work/venv" || exit 1
+# Where the caller's Python is a virtual environment itself, its packages are not the system's: name them.
+"$PYTHON" -c 'import site; print(*site.getsitepackages(), sep="\n")' \
+  >"$(echo "$work"/venv/lib/python*/site-packages)/caller.pth"
+python=$work/venv/bin/python
+wheel=$(ls -t dist/attbalance_ext-*.whl 2>/dev/null | head -1)
+if [ -n "$wheel" ]; then
+  mkdir -p attbalance_ext/kernels/lib
+  step "unpack $wheel" 60 "$python" -m zipfile -e "$wheel" "$work/wheel" || exit 1
+  cp "$work"/wheel/attbalance_ext/kernels/lib/*.so attbalance_ext/kernels/lib/
+else
+  architecture=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
+  # -lineinfo: lines in the reports of the sanitizer and the profiler; the machine code is the same.
+  export TORCH_CUDA_ARCH_LIST=$architecture CMAKE_ARGS=-DCMAKE_CUDA_FLAGS=-lineinfo ATTBALANCE_CPU=1 ATTBALANCE_CUDA=1
+  step "build for $architecture" 240 "$python" -m pip install --disable-pip-version-check --no-index --no-deps \
+    --no-build-isolation -e . || exit 1
+fi
+step "backends and self-check" 60 "$python" -c '
+from attbalance_ext import available_backends
+from attbalance_ext.info import print_report
+raise SystemExit(not print_report() or "; ".join(available_backends()["cuda"]))'
+
+# --- correct? --------------------------------------------------------------------------------------------------------
+
+if has_module pytest && has_module hypothesis && has_module scipy && has_module pybind11; then
+  options="-p no:cacheprovider"
+  has_module pytest_timeout || options="$options -W ignore::pytest.PytestConfigWarning"
+  step "tests on the GPU" 150 "$python" -m pytest $options -m gpu -q --junitxml "$output/gpu-tests.xml" tests/gpu
+else
+  skip "tests on the GPU" "they need pytest, hypothesis, scipy and pybind11"
+fi
+if command -v compute-sanitizer >/dev/null; then
+  for tool in memcheck racecheck; do
+    step "compute-sanitizer $tool" 75 compute-sanitizer --tool $tool --error-exitcode 3 --print-limit 20 \
+      "$python" -m scripts.gpu_step
+  done
+else
+  skip compute-sanitizer "not in PATH"
+fi
+
+# --- fast? -----------------------------------------------------------------------------------------------------------
+
+if has_module typer && has_module rich; then
+  for options in "--dtype bfloat16 --teacher" "--dtype float32 --teacher" "--dtype bfloat16 --teacher --warm"; do
+    step "benchmark $options" 60 "$python" -m benchmarks run --suite op --device cuda \
+      --batch 8 --batch 64 --batch 256 --rounds 30 $options --output "$output/results.jsonl"
+  done
+else
+  skip benchmarks "they need typer and rich"
+fi
+if command -v ncu >/dev/null; then
+  # The first problem alone, as in training: its kernels come first.
+  step "profile of each kernel" 90 ncu --set full --kernel-name 'regex:forward_|finish_|backward_|balanced_loss' \
+    --launch-count 8 --log-file "$output/ncu.txt" "$python" -m scripts.gpu_step --batch 64
+else
+  skip "profile of each kernel" "ncu is not in PATH"
+fi
+
+for file in "$output"/*; do  # results travel as files of bounded size
+  [ "$(stat -c %s "$file")" -lt 15000000 ] || { tail -c 15000000 "$file" >"$work/cut" && cp "$work/cut" "$file"; }
+done
+say "$SECONDS s in all"
+exit $failed
