@@ -79,7 +79,7 @@ fi
 step "backends and self-check" 60 "$python" -c '
 from attbalance_ext import available_backends
 from attbalance_ext.info import print_report
-raise SystemExit(not print_report() or "; ".join(available_backends()["cuda"]))'
+raise SystemExit("; ".join(available_backends()["cuda"]) or not print_report())'
 
 # --- correct? --------------------------------------------------------------------------------------------------------
 
