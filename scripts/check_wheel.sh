@@ -24,7 +24,7 @@ cd "$work/outside"
 clean() { env -i HOME="$HOME" PATH="$work/venv/bin" "$@"; }
 "$work/venv/bin/python" $pip install -c "$checkout/requirements/constraints.txt" torch
 "$work/venv/bin/python" $pip install -c "$checkout/requirements/constraints.txt" \
-  "$wheel" hypothesis numpy pybind11 pytest pytest-timeout pytest-xdist scipy
+  "$wheel" hypothesis numpy pytest pytest-timeout pytest-xdist scipy
 for compiler in c++ g++ nvcc cmake; do
   if clean "$work/venv/bin/python" -c "import shutil, sys; sys.exit(not shutil.which('$compiler'))"; then
     echo "$compiler is in the clean environment"

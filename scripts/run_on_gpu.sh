@@ -83,12 +83,12 @@ raise SystemExit("; ".join(available_backends()["cuda"]) or not print_report())'
 
 # --- correct? --------------------------------------------------------------------------------------------------------
 
-if has_module pytest && has_module hypothesis && has_module scipy && has_module pybind11; then
+if has_module pytest && has_module hypothesis && has_module scipy; then
   options="-p no:cacheprovider"
   has_module pytest_timeout || options="$options -W ignore::pytest.PytestConfigWarning"
   step "tests on the GPU" 150 "$python" -m pytest $options -m gpu -q --junitxml "$output/gpu-tests.xml" tests/gpu
 else
-  skip "tests on the GPU" "they need pytest, hypothesis, scipy and pybind11"
+  skip "tests on the GPU" "they need pytest, hypothesis and scipy"
 fi
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import same_bits
 from helpers_attention import GRIDS, LAYOUTS, assert_solves, literal, make_problem, solve
+from helpers_exact import exact, extreme_problem
 from helpers_gpu import DEVICE, at_home, on_device, poison
 from helpers_pairwise import case_id, pairwise
 
@@ -69,6 +70,15 @@ def test_against_the_equations(case: dict[str, Any]) -> None:
     assert_solves(at_home(solution), literal(problem))
     again = solve(there, "cuda")
     assert all(map(same_bits, solution.tensors(), again.tensors()))
+
+
+@pytest.mark.parametrize("distance", [1.0, 1e-6, float("inf")])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_both_ends_against_60_digits(dtype: torch.dtype, distance: float) -> None:
+    """A_in near 0 and 1, with the device's own exp and log."""
+    in_box = [1e-30, 1e-12, 1e-4, 0.3, 0.499, 0.501, 0.9, 1 - 1e-4, 1 - 1e-8]
+    problem = extreme_problem(in_box, distance, dtype, width=64)
+    assert_solves(at_home(solve(on_device(problem), "cuda")), exact(problem))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
