@@ -9,6 +9,7 @@ checkout=$PWD
 python=${1:-.venv/bin/python}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
+trap 'exit 1' INT TERM
 
 pip="-m pip --disable-pip-version-check -q"
 ATTBALANCE_CPU=1 ATTBALANCE_CUDA=1 $python $pip wheel . --no-build-isolation --no-deps -w "$work"
@@ -32,4 +33,6 @@ for compiler in c++ g++ nvcc cmake; do
   fi
 done
 clean "$work/venv/bin/attbalance" info
-clean "$work/venv/bin/python" -m pytest -q -n 2 tests/attention_terms -k 'not cuda'
+# Backend "cuda" and the launches run on the emulated device, which has to be compiled.
+clean "$work/venv/bin/python" -m pytest -q -n 2 tests/attention_terms -k 'not cuda' \
+  --ignore tests/attention_terms/test_terms_launches.py
