@@ -68,6 +68,7 @@ Block::Block(FibrePool& fibres, dim3 shape, void (*body)(const void*), const voi
 
 void Block::run() {
     error_.clear();
+    waiting_.assign(warps_.size(), 0);
     for (unsigned i = 0; i < threads_.size(); ++i) {
         threads_[i] = {this, i, State::kReady, Call::kSyncThreads, 0, 0, 0, 0};
         fibres_[i].start(thread_main, &threads_[i]);
@@ -141,6 +142,7 @@ uint64_t Block::meet_warp(Call call, unsigned mask, uint64_t value, int operand,
         fail(self, "gives the width " + std::to_string(width));
     }
     self.state = State::kWaits;
+    waiting_[self.index / kWarp] |= 1u << lane;
     release_warp(self.index - lane, mask);
     wait();
     return self.value;
@@ -149,6 +151,8 @@ uint64_t Block::meet_warp(Call call, unsigned mask, uint64_t value, int operand,
 /// Let the lanes in `mask` of the warp that starts at thread `first` go on if all have arrived.
 void Block::release_warp(unsigned first, unsigned mask) {
     const Call call = running_->call;
+    unsigned& waiting = waiting_[first / kWarp];
+    if (mask & ~waiting) return;
     uint64_t results[kWarp] = {};
     for (unsigned lane = 0; lane < kWarp; ++lane) {
         if ((mask >> lane & 1u) && !waits_at(first + lane, call, mask)) return;
@@ -161,6 +165,7 @@ void Block::release_warp(unsigned first, unsigned mask) {
         threads_[first + lane].value = results[lane];
         threads_[first + lane].state = State::kReady;
     }
+    waiting &= ~mask;
 }
 
 /// What this thread gets from its warp, all of whose named lanes have arrived.

@@ -60,6 +60,7 @@ class Block {
     const void* arguments_;
     std::vector<uint64_t> warps_, lanes_;
     std::vector<Thread> threads_;
+    std::vector<unsigned> waiting_;  // for each warp, its lanes that wait for other lanes
     Thread* running_ = nullptr;
     std::string error_;
 };
