@@ -96,19 +96,20 @@ std::vector<KeysArguments> keys_arguments(const Tensors& query, const Tensors& k
 }
 
 /// Whether 128-bit access can reach every row of D values that starts at `base` plus multiples of these
-/// strides.
+/// strides, and the stride of tokens is an int in units of 16 bytes.
 bool is_wide(const void* base, int64_t batch_stride, int64_t token_stride, Dtype dtype, const Shape& shape) {
     const int64_t vector = 16 / element_bytes(dtype);
     return reinterpret_cast<uintptr_t>(base) % 16 == 0 && shape.dim % vector == 0 &&
            shape.dim <= kMaxWideDim && (shape.batch <= 1 || batch_stride % vector == 0) &&
-           (shape.tokens <= 1 || token_stride % vector == 0);
+           (shape.tokens <= 1 ||
+            (token_stride % vector == 0 && token_stride / vector <= std::numeric_limits<int>::max()));
 }
 
 bool is_wide(const KeysArguments& keys, const Shape& shape) {
     return is_wide(keys.key, keys.batch_stride, keys.token_stride, keys.dtype, shape);
 }
 
-/// The kernel for a storage type and a width, out of a table made at compile time.
+/// The kernel for a storage type and a width, out of a table made at compile time; null where there is none.
 template <typename Table>
 auto pick(const Table& table, Dtype dtype, int64_t dim) {
     return table[static_cast<size_t>(dtype)][static_cast<size_t>(std::max(lane_elements(dim), 8) / 8 - 1)];
@@ -116,8 +117,14 @@ auto pick(const Table& table, Dtype dtype, int64_t dim) {
 
 template <typename K, bool kTeacher>
 constexpr std::array<void (*)(ForwardArguments), 4> forward_widths() {
-    return {forward_rows<K, 8, kTeacher>, forward_rows<K, 16, kTeacher>, forward_rows<K, 24, kTeacher>,
-            forward_rows<K, 32, kTeacher>};
+    if constexpr (kTeacher && sizeof(K) == sizeof(float)) {
+        // The widest rows of float do not fit in the registers twice.
+        return {forward_rows<K, 8, kTeacher>, forward_rows<K, 16, kTeacher>, forward_rows<K, 24, kTeacher>,
+                nullptr};
+    } else {
+        return {forward_rows<K, 8, kTeacher>, forward_rows<K, 16, kTeacher>, forward_rows<K, 24, kTeacher>,
+                forward_rows<K, 32, kTeacher>};
+    }
 }
 
 template <bool kTeacher>
@@ -202,8 +209,12 @@ ForwardOutputs attention_terms(const Tensors& query, const Tensors& key, const s
     common.dim = static_cast<int>(dim);
     common.splits = static_cast<int>(splits);
 
+    const auto wide_kernel = [&](Dtype dtype) {
+        return with_teacher ? forward_kernel<true>(dtype, shape.dim)
+                            : forward_kernel<false>(dtype, shape.dim);
+    };
     const auto wide = [&](int64_t l) {
-        return is_wide(student[l], shape) &&
+        return is_wide(student[l], shape) && wide_kernel(student[l].dtype) &&
                (!with_teacher || (teacher[l].dtype == student[l].dtype && is_wide(teacher[l], shape)));
     };
     const auto alike = [&](int64_t a, int64_t b) {
@@ -232,11 +243,8 @@ ForwardOutputs attention_terms(const Tensors& query, const Tensors& key, const s
                                      : a.key_means;
         const cudaStream_t stream = device.stream();
         if (wide(first)) {
-            const Dtype dtype = student[first].dtype;
-            const auto kernel =
-                with_teacher ? forward_kernel<true>(dtype, dim) : forward_kernel<false>(dtype, dim);
-            launch("forward_rows", kernel, blocks(rows * splits), kBlock, forward_rows_shared_bytes(dim),
-                   stream, a);
+            launch("forward_rows", wide_kernel(student[first].dtype), blocks(rows * splits), kBlock,
+                   forward_rows_shared_bytes(dim), stream, a);
         } else {
             launch("forward_any", forward_any, blocks(rows * splits), kBlock, sizeof(AnyShared), stream, a);
         }

@@ -56,7 +56,7 @@ template <typename K>
 constexpr int kVector = 16 / static_cast<int>(sizeof(K));
 
 /// The columns of a row that one lane holds: chunk c has kVector<K> of them from column(c, lane) on, so that
-/// a warp's loads of a chunk are consecutive.
+/// a warp's loads of a chunk are consecutive. The last chunks may lie beyond a row of `dim` values.
 template <typename K, int kElements>
 struct LaneColumns {
     static constexpr int kChunks = kElements / kVector<K>;
@@ -66,26 +66,26 @@ struct LaneColumns {
     }
 };
 
-/// One lane's part of a stored row, as it is in memory. Columns from `dim` on are 0. `dim` and the row's
-/// address are multiples of 16 bytes.
+/// One lane's part of a stored row, as it is in memory. `dim` and the row's address are multiples of 16
+/// bytes.
 template <typename K, int kElements>
 struct PackedRow {
     using Columns = LaneColumns<K, kElements>;
     uint4 chunk[Columns::kChunks];
 
-    __device__ __forceinline__ void load(const K* row, int dim, int lane) {
+    /// Beyond `dim` the row's first columns stand in, so that no load needs a condition.
+    __device__ __forceinline__ void load(const uint4* row, int dim, int lane) {
 #pragma unroll
         for (int c = 0; c < Columns::kChunks; ++c) {
-            const int d = Columns::column(c, lane);
-            chunk[c] = d < dim ? __ldg(reinterpret_cast<const uint4*>(row + d)) : make_uint4(0, 0, 0, 0);
+            const int place = Columns::column(c, lane) < dim ? c * kWarpSize + lane : 0;
+            chunk[c] = __ldg(row + place);
         }
     }
 
-    __device__ __forceinline__ void store(K* row, int dim, int lane) const {
+    __device__ __forceinline__ void store(uint4* row, int dim, int lane) const {
 #pragma unroll
         for (int c = 0; c < Columns::kChunks; ++c) {
-            const int d = Columns::column(c, lane);
-            if (d < dim) *reinterpret_cast<uint4*>(row + d) = chunk[c];
+            if (Columns::column(c, lane) < dim) row[c * kWarpSize + lane] = chunk[c];
         }
     }
 

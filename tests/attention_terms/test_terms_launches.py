@@ -175,7 +175,10 @@ def test_every_width_of_the_wide_path(dtype: torch.dtype, width: int) -> None:
             assert_solves(solve(problem, "cuda"), literal(problem))
             elements = -(-width // 256) * 8
             kind = "float" if dtype == F32 else "BFloat16"
-            assert names(device)[0] == f"forward_rows<{kind}, {elements}, {str(teacher is not None).lower()}>"
+            expected = f"forward_rows<{kind}, {elements}, {str(teacher is not None).lower()}>"
+            if teacher == F32 and width > 768:  # two such rows are more than the registers hold
+                expected = "forward_any"
+            assert names(device)[0] == expected
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

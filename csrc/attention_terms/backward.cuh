@@ -1,0 +1,126 @@
+// Backward: dK from the scores, dq from the key means. Reads no key.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <math.h>
+
+#include <cstdint>
+
+#include "row_math.cuh"
+
+namespace attbalance {
+
+/// What the gradients of a row have in common.
+struct RowGradient {
+    float region;  // 2 g_rac - g_in A_in: what RAC and A_in together put on p - pin; 0 where the region is
+                   // empty
+    float mrc;
+    float in_box;
+    float out_of_box;
+    float log_in_box;
+};
+
+__device__ __forceinline__ RowGradient row_gradient(const BackwardArguments& a, int row) {
+    const float* const stats = a.stats + static_cast<int64_t>(row) * kStats;
+    RowGradient g = {0, a.grad_mrc[row], a.in_box[row], stats[kOutOfBox], stats[kLogInBox]};
+    if (g.log_in_box != -INFINITY) g.region = 2 * a.grad_rac[row] - a.grad_in_box[row] * g.in_box;
+    return g;
+}
+
+/// dL/ds_j of a token that is not padding.
+__device__ __forceinline__ float score_gradient(const BackwardArguments& a, const RowGradient& g, int row,
+                                                int token) {
+    const int64_t place = static_cast<int64_t>(row) * a.tokens + token;
+    const float m = clamped(region_weight(a.region, row % a.batch, token, a.tokens));
+    const float log_p = a.log_p[place];
+    const float p = expf(log_p);
+    // Outside the region the exponent may be large, and 0 * inf must not arise.
+    const float pin = m > 0 ? m * expf(log_p - g.log_in_box) : 0.0f;
+    // p - pin = p (1 - m) - A_out pin keeps its digits where A_in tends to 1.
+    float gradient = g.region * (p * (1 - m) - g.out_of_box * pin);
+    if (a.log_t) {
+        const float log_t = a.log_t[place];
+        const float x = log_p - log_t, t = expf(log_t);
+        const bool near = x > -1 && x < 1;
+        gradient += g.mrc * (near ? t * fmaf(x * x, exp_remainder(x), x) : p - t);
+    }
+    return gradient;
+}
+
+/// dL/dq of a row, from its key means. All threads of the block.
+__device__ __forceinline__ void write_query_gradient(const BackwardArguments& a, const RowGradient& g,
+                                                     int row, const BackwardLayer& layer) {
+    const float* const means = a.key_means + static_cast<int64_t>(row) * kKeyMeans * a.dim;
+    float* const out = layer.grad_query + static_cast<int64_t>(row % a.batch) * a.dim;
+    for (int d = threadIdx.x; d < a.dim; d += kThreads) {
+        const float in = means[kMeanIn * a.dim + d], outside = means[kMeanOut * a.dim + d];
+        float gradient = g.region * (outside - g.out_of_box * in);
+        if (a.log_t) gradient += g.mrc * ((outside + g.in_box * in) - means[kMeanTeacher * a.dim + d]);
+        out[d] = layer.scale * gradient;
+    }
+}
+
+/// scale * dL/ds_j of this block's tokens in shared memory (a.tile floats), and dq where it is this block's.
+/// Returns the number of tokens; 0 where no key gradient is asked for.
+__device__ __forceinline__ int tile_gradients(const BackwardArguments& a, int row, int first,
+                                              const BackwardLayer& layer, float* coefficients) {
+    const RowGradient g = row_gradient(a, row);
+    if (layer.grad_query && first == 0) write_query_gradient(a, g, row, layer);
+    if (!layer.grad_key) return 0;
+    const int count = min(a.tile, a.tokens - first);
+    const int own = first + static_cast<int>(threadIdx.x);
+    if (static_cast<int>(threadIdx.x) < count) {
+        const bool padded = a.padding && a.padding[static_cast<int64_t>(row % a.batch) * a.tokens + own];
+        coefficients[threadIdx.x] = padded ? 0.0f : layer.scale * score_gradient(a, g, row, own);
+    }
+    return count;
+}
+
+/// dK and dq of one tile of tokens of one row.
+template <typename K, int kElements>
+__global__ void __launch_bounds__(kThreads) backward_rows(const __grid_constant__ BackwardArguments a) {
+    extern __shared__ __align__(16) unsigned char shared_memory[];
+    float* const coefficients = reinterpret_cast<float*>(shared_memory);
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+    const int row = static_cast<int>(blockIdx.x) / a.tiles;
+    const int first = static_cast<int>(blockIdx.x) % a.tiles * a.tile;
+    const BackwardLayer& layer = a.layer[row / a.batch];
+    const int64_t b = row % a.batch;
+    const int count = tile_gradients(a, row, first, layer, coefficients);
+    __syncthreads();
+    if (count == 0) return;
+    float query[kElements];
+    load_floats<K>(layer.query + b * a.dim, a.dim, lane, query);
+    uint4* const out = static_cast<uint4*>(layer.grad_key) + b * (layer.batch_stride / kVector<K>);
+    const int64_t stride = layer.token_stride / kVector<K>;
+    for (int i = warp; i < count; i += kWarps) {
+        float values[kElements];
+#pragma unroll
+        for (int e = 0; e < kElements; ++e) values[e] = coefficients[i] * query[e];
+        PackedRow<K, kElements> packed;
+        packed.pack(values);
+        packed.store(out + (first + i) * stride, a.dim, lane);
+    }
+}
+
+/// `backward_rows` for any D and alignment, each layer with its own dtype: single values are stored.
+__global__ void __launch_bounds__(kThreads) backward_any(const __grid_constant__ BackwardArguments a) {
+    extern __shared__ __align__(16) unsigned char shared_memory[];
+    float* const coefficients = reinterpret_cast<float*>(shared_memory);
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+    const int row = static_cast<int>(blockIdx.x) / a.tiles;
+    const int first = static_cast<int>(blockIdx.x) % a.tiles * a.tile;
+    const BackwardLayer& layer = a.layer[row / a.batch];
+    const int64_t b = row % a.batch;
+    const int count = tile_gradients(a, row, first, layer, coefficients);
+    __syncthreads();
+    const float* const query = layer.query + b * a.dim;
+    for (int i = warp; i < count; i += kWarps) {
+        const int64_t place = b * layer.batch_stride + (first + i) * layer.token_stride;
+        for (int d = lane; d < a.dim; d += kWarpSize) {
+            store_value(layer.grad_key, layer.dtype, place + d, coefficients[i] * query[d]);
+        }
+    }
+}
+
+}  // namespace attbalance
