@@ -142,8 +142,8 @@ def attention_map(attention: QueryAttention, key_padding_mask: Tensor | None = N
 
 def accumulation_dtype(attention: QueryAttention) -> torch.dtype:
     """float64 where a query or key is float64, else float32: the dtype of all arithmetic and all terms."""
-    wide = any(t.dtype == torch.float64 for t in (*attention.query, *attention.key))
-    return torch.float64 if wide else torch.float32
+    dtypes = [t.dtype for t in attention.query + attention.key]
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def check_padding(name: str, padding: Tensor, keys: Sequence[Tensor]) -> None:

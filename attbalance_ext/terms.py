@@ -69,7 +69,7 @@ def attention_terms(
             inside = inside.masked_fill(padding, 0)
         return AttentionTerms(empty, empty.clone(), empty.clone(), (inside.clamp(0, 1) != 0).any(-1))
 
-    query = [q.to(dtype) for q in student.query]
+    query = [q if q.dtype == dtype else q.to(dtype) for q in student.query]
     if chosen == "reference":
         if grids:
             weights = reference.rasterise(weights, grids, RULES[rule])
@@ -87,8 +87,8 @@ def attention_terms(
         None if padding is None else padding.contiguous(),
         [q.contiguous() for q in query],
         [_readable(k, dtype) for k in student.key],
-        [] if teacher is None else [q.detach().to(dtype).contiguous() for q in teacher.query],
-        [] if teacher is None else [_readable(k.detach(), dtype) for k in teacher.key],
+        [] if teacher is None else [_constant(q, dtype).contiguous() for q in teacher.query],
+        [] if teacher is None else [_readable(_constant(k, k.dtype), dtype) for k in teacher.key],
     )
 
 
@@ -124,8 +124,15 @@ def _region(
     if student.key and tensor.device != student.key[0].device:
         raise ValueError(f"region must be on {student.key[0].device} like the keys, got {tensor.device}")
     if isinstance(region, BoxRegion):
-        return tensor.detach().to(torch.float32), region.grids, RULES.index(region.rule)
-    return tensor.detach().to(dtype), (), 0
+        return _constant(tensor, torch.float32), region.grids, RULES.index(region.rule)
+    return _constant(tensor, dtype), (), 0
+
+
+def _constant(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.detach().to(dtype)`, without the two trips through the dispatcher where there is nothing to do."""
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _check_teacher(teacher: QueryAttention, student: QueryAttention) -> None:
