@@ -91,8 +91,8 @@ __device__ __forceinline__ void load(const uint4* keys, int stride, int dim, int
     for (int i = 0; i < kTokens; ++i) row[i].load(keys + static_cast<int64_t>(place[i]) * stride, dim, lane);
 }
 
-/// scale * query . key of kTokens tokens, in all lanes and in the list. Returns 0, or in some lane NaN where
-/// one is not finite. A lane's columns beyond D have a query of 0.
+/// scale * query . key of kTokens tokens, in all lanes and in the list. A lane's columns beyond D have a query
+/// of 0.
 template <typename K, int kTokens, int kElements>
 __device__ __forceinline__ void scores(const float (&query)[kElements],
                                        const PackedRow<K, kElements> (&row)[kTokens], Score scale, int lane,
