@@ -93,12 +93,16 @@ __global__ void __launch_bounds__(kThreads) forward_any(const __grid_constant__ 
             const Score score = live ? shared.score[lane] : Score{0, 0};
             const Score teacher_score = live && with_teacher ? shared.teacher_score[lane] : Score{0, 0};
             mine.region |= bits_over_warp(region_bits(raw_weight));
-            float correction[kKeyMeans] = {1, 1, 1};
-            shared.in[lane] = absorb_tile(score, m, &mine.in, &correction[kMeanIn]);
-            shared.out[lane] = absorb_tile(score, live ? 1 - m : 0.0f, &mine.out, &correction[kMeanOut]);
+            float in_correction, out_correction, teacher_correction;
+            shared.in[lane] = absorb_tile(score, m, &mine.in, &in_correction);
+            shared.out[lane] = absorb_tile(score, live ? 1 - m : 0.0f, &mine.out, &out_correction);
             shared.teacher[lane] = absorb_tile(teacher_score, live && with_teacher ? 1.0f : 0.0f,
-                                               &mine.teacher, &correction[kMeanTeacher]);
-            if (lane < kKeyMeans) shared.correction[lane] = correction[lane];
+                                               &mine.teacher, &teacher_correction);
+            if (lane == 0) {
+                shared.correction[kMeanIn] = in_correction;
+                shared.correction[kMeanOut] = out_correction;
+                shared.correction[kMeanTeacher] = teacher_correction;
+            }
         }
         __syncthreads();
         for (int d = threadIdx.x; key_sums && d < a.dim; d += kThreads) {

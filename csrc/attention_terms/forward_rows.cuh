@@ -54,20 +54,21 @@ __device__ __forceinline__ void merge_key_sums(const float (&keys)[kElements], f
     __syncthreads();
 }
 
-/// 32-bit registers of a token's keys in each lane.
-template <typename K, int kElements, bool kTeacher>
-constexpr int kTokenRegisters = kElements * static_cast<int>(sizeof(K)) / 4 * (kTeacher ? 2 : 1);
+/// 32-bit registers of a row of keys in each lane.
+template <typename K, int kElements>
+constexpr int kRowRegisters = kElements * static_cast<int>(sizeof(K)) / 4;
 
-/// Tokens that a warp works on together: as many as fill about 16 registers.
+/// Tokens that a warp works on together: as many as fill about 16 registers, teacher's keys included.
 template <typename K, int kElements, bool kTeacher>
-constexpr int kGroupTokens = kTokenRegisters<K, kElements, kTeacher> <= 4   ? 4
-                             : kTokenRegisters<K, kElements, kTeacher> <= 8 ? 2
-                                                                            : 1;
+constexpr int kGroupTokens = kRowRegisters<K, kElements> * (kTeacher ? 2 : 1) <= 4   ? 4
+                             : kRowRegisters<K, kElements> * (kTeacher ? 2 : 1) <= 8 ? 2
+                                                                                     : 1;
 
 /// Whether the keys of a warp's next tokens are on the way while it works on these: where they fit in the
-/// registers beside queries and key sums.
+/// registers beside queries (1 or 2 rows of floats), key sums (2 or 3) and the keys at work.
 template <typename K, int kElements, bool kTeacher>
-constexpr bool kLoadsAhead = kTokenRegisters<K, kElements, kTeacher> + kElements * (kTeacher ? 5 : 3) <= 150;
+constexpr bool kLoadsAhead =
+    kElements * (kTeacher ? 5 : 3) + kRowRegisters<K, kElements> * (kTeacher ? 3 : 2) <= 150;
 
 /// Each lane's token goes to its place in the list. Returns the number of tokens that are not padding.
 __device__ __forceinline__ int make_list(int lane, bool live, float weight, TokenList* list) {
@@ -91,8 +92,8 @@ __device__ __forceinline__ void load(const uint4* keys, int stride, int dim, int
     for (int i = 0; i < kTokens; ++i) row[i].load(keys + static_cast<int64_t>(place[i]) * stride, dim, lane);
 }
 
-/// scale * query . key of kTokens tokens, in all lanes and in the list. A lane's columns beyond D have a query
-/// of 0.
+/// scale * query . key of kTokens tokens, in all lanes and in the list. A lane's columns beyond D have a
+/// query of 0.
 template <typename K, int kTokens, int kElements>
 __device__ __forceinline__ void scores(const float (&query)[kElements],
                                        const PackedRow<K, kElements> (&row)[kTokens], Score scale, int lane,
