@@ -76,5 +76,5 @@ $(VENV)/.torch: $(CONSTRAINTS) | $(VENV)/.created
 
 # ATTBALANCE_CPU=1: in a checkout C++ kernels that cannot be built are an error. CUDA: see setup.py.
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(NATIVE)
-	ATTBALANCE_CPU=1 $(PIP) install --progress-bar off -c $(CONSTRAINTS) --no-build-isolation -e '.[train,dev]'
+	ATTBALANCE_CPU=1 $(PIP) install --progress-bar off -c $(CONSTRAINTS) --no-build-isolation -e '.[train,dev,triton]'
 	@touch $@

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -10,6 +11,12 @@ import hypothesis
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels run on CPU tensors
+
+from helpers_triton import prepare_interpreter
+
+from attbalance_ext.kernels import ops
 from tests.emulation import emulated_cuda
 
 # The same examples on every run and machine; a first call may compile, so no deadline per example.
@@ -18,6 +25,8 @@ hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if ops.TRITON_IS_INTERPRETED and not ops.triton_problems():
+        prepare_interpreter()
     # The workers of `-n` are the parallelism; a thread pool in each would only fight over the same cores.
     torch.set_num_threads(1)
 

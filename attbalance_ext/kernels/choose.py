@@ -25,7 +25,7 @@ _FLOAT32, _FLOAT32_64 = (torch.float32,), (torch.float32, torch.float64)
 BACKENDS = {
     "reference": Backend((), _FLOAT32_64, list),
     "cpu": Backend(("cpu",), _FLOAT32_64, ops.cpu_library_problems),
-    "triton": Backend(("cuda",), _FLOAT32, lambda: ["this version of attbalance_ext has no Triton kernels"]),
+    "triton": Backend(("cpu", "cuda") if ops.TRITON_IS_INTERPRETED else ("cuda",), _FLOAT32, ops.triton_problems),
     "cuda": Backend(("cuda",), _FLOAT32, ops.cuda_library_problems),
 }
 _FASTEST_FIRST = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}

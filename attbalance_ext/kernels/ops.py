@@ -1,15 +1,19 @@
-"""The registered ops: schemas, fakes, gradients, and the library that implements them.
+"""The registered ops: schemas, fakes, gradients, and what implements them.
 
 The only file that knows ``torch.ops``. Schemas are defined here alone; the native libraries only register
 implementations (defining a schema twice aborts the process), so that importing works with no library built. One
-overload per backend.
+overload per backend. Triton is imported at the first call of an op that it implements.
 The gradient is an ``autograd.Function`` outside the op, cheaper per call than ``torch.library.register_autograd``.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
+import os
+import re
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +22,12 @@ from torch import Tensor
 
 from attbalance_ext.kernels.attention_terms.reference import AttentionTerms
 from attbalance_ext.kernels.balanced_loss.reference import SAMPLE_ROWS, Objective
+from attbalance_ext.kernels.dtypes import DTYPES
 
-NATIVE_BACKENDS = ("cpu", "cuda")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # the position is the code in `key_dtype`
+BACKENDS = ("cpu", "triton", "cuda")
+TRITON = (3, 6)  # the oldest that the kernels run with
+# Triton on CPU tensors, one program after another; Triton reads the variable when it is imported.
+TRITON_IS_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "on", "true")
 _LIBRARIES = Path(__file__).parent / "lib"
 
 _definitions = torch.library.Library("attbalance_ext", "DEF")
@@ -56,9 +63,28 @@ def _device_problems() -> list[str]:
     return [] if torch.cuda.is_available() or not torch.version.cuda else ["PyTorch finds no CUDA device"]
 
 
+@functools.cache
+def _installed_triton_problems() -> tuple[str, ...]:
+    """Looks at what is installed, without importing it."""
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return ("Triton is not installed: pip install attbalance_ext[triton]",)
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < TRITON:
+        return (f"Triton {version} is too old: pip install 'triton>={'.'.join(map(str, TRITON))}'",)
+    return ()
+
+
+def triton_problems() -> list[str]:
+    """Why the Triton kernels cannot run here; [] when they can."""
+    if TRITON_IS_INTERPRETED or torch.cuda.is_available():
+        return list(_installed_triton_problems())
+    return [*_installed_triton_problems(), "PyTorch finds no CUDA device"]
+
+
 # --- attention_terms -------------------------------------------------------------------------------------------------
 
-for _backend in NATIVE_BACKENDS:
+for _backend in BACKENDS:
     _definitions.define(
         f"attention_terms.{_backend}(Tensor[] query, Tensor[] key, float[] scale, Tensor region, int[] grids, "
         "int rule, Tensor? padding, Tensor[] teacher_query, Tensor[] teacher_key, float[] teacher_scale, "
@@ -186,7 +212,7 @@ def attention_terms(
     teacher_query: Sequence[Tensor],
     teacher_key: Sequence[Tensor],
 ) -> AttentionTerms:
-    """Run a native backend, differentiable in query and key.
+    """Run a registered backend, differentiable in query and key.
 
     query: L x (B, D) in the arithmetic's dtype, contiguous, L >= 1. key: L x (B, N, D), last dimension contiguous.
     region: boxes (B, 4) float32 when ``spec.grids``, else weights (B, N) in the arithmetic's dtype; contiguous.
@@ -263,7 +289,7 @@ def _place(gradients: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor |
 
 # --- balanced_loss ---------------------------------------------------------------------------------------------------
 
-for _backend in NATIVE_BACKENDS:
+for _backend in BACKENDS:
     _definitions.define(
         f"balanced_loss.{_backend}(Tensor in_box, Tensor rac, Tensor mrc, Tensor valid, Tensor pred, Tensor target, "
         "Tensor box_ratio, Tensor? rho, float alpha_ar, float alpha_l1, float alpha_giou, float weight_rac, "
@@ -329,7 +355,7 @@ def balanced_loss(
     box_ratio: Tensor,
     rho: Tensor | None,
 ) -> Objective:
-    """Run a native backend; all tensors contiguous, in the arithmetic's dtype; differentiable in rac, mrc and pred."""
+    """Run a registered backend; tensors contiguous, in the arithmetic's dtype; differentiable in rac, mrc and pred."""
     return Objective(*_BalancedLoss.apply(backend, weights, in_box, rac, mrc, valid, pred, target, box_ratio, rho))
 
 
@@ -371,9 +397,25 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "attention_terms_backward": _attention_terms_backward_fake,
     "balanced_loss": _balanced_loss_fake,
 }
-for _backend in NATIVE_BACKENDS:
+for _backend in BACKENDS:
     for _name, _fake in _FAKES.items():
         torch.library.register_fake(f"attbalance_ext::{_name}.{_backend}", _fake, lib=_definitions)
+
+
+def _triton_implementation(stem: str, name: str) -> Callable[..., Any]:
+    def implementation(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(f"attbalance_ext.kernels.{stem}.triton"), name)(*arguments)
+
+    return implementation
+
+
+for _key in ("CUDA", "CPU") if TRITON_IS_INTERPRETED else ("CUDA",):
+    for _stem, _name in (
+        ("attention_terms", "attention_terms"),
+        ("attention_terms", "attention_terms_backward"),
+        ("balanced_loss", "balanced_loss"),
+    ):
+        _definitions.impl(f"{_name}.triton", _triton_implementation(_stem, _name), _key)
 
 _cpu_problems = _load(_LIBRARIES / "libattbalance_cpu.so")
 # The library names CUDA symbols, which PyTorch without CUDA does not have.
