@@ -158,7 +158,8 @@ class AttBalanceLoss(nn.Module):
         else:
             ratio = _per_sample("box_ratio", box_ratio, target).to(dtype)
         if terms is None:
-            in_box = rac = mrc = target.new_zeros(0, batch)
+            # Three tensors: torch.compile refuses an autograd.Function that is given one tensor twice.
+            in_box, rac, mrc = (target.new_zeros(0, batch) for _ in range(3))
             valid = target.new_ones(batch, dtype=torch.bool)
             rho = None
         else:
