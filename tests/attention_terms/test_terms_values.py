@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from helpers import BACKENDS, DOUBLE
-from helpers_attention import GRIDS, LAYOUTS, assert_solves, literal, make_problem, solve, tensor_errors
+from helpers_attention import GRIDS, LAYOUTS, arrange, assert_solves, literal, make_problem, solve, tensor_errors
 from helpers_pairwise import case_id, pairwise
 from hypothesis import assume, given
 from hypothesis import strategies as st
+
+from attbalance_ext import QueryAttention
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
@@ -116,6 +118,17 @@ def test_any_shape(backend: str, dtypes: str, teacher_distance: float | None, **
         teacher_distance=teacher_distance or 0,
         **options,
     )
+    assert_solves(solve(problem, backend), literal(problem))
+
+
+@pytest.mark.parametrize("width", [16, 19])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_teacher_in_a_layout_of_its_own(backend: str, layout: str, width: int) -> None:
+    problem = make_problem(tokens=40, width=width, padded=True)
+    teacher = problem.teacher
+    assert teacher is not None
+    problem.teacher = QueryAttention(teacher.query, [arrange(k, layout) for k in teacher.key], teacher.scale)
     assert_solves(solve(problem, backend), literal(problem))
 
 
