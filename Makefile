@@ -16,11 +16,11 @@ CPP_FILES    = $(shell git ls-files --cached --others --exclude-standard '*.h' '
 # cmake and ninja come with the environment; the system's are not needed.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help setup test test-gpu check-cuda lint format bench demo clean
+.PHONY: help setup test test-gpu check-cuda check-triton lint format bench demo clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.installed  ## make .venv with everything in it and build the native libraries (CUDA where nvcc is)
 
@@ -32,6 +32,9 @@ test-gpu: $(VENV)/.installed  ## run the tests that need a CUDA device
 
 check-cuda: $(VENV)/.installed  ## registers, spills, width of memory accesses, occupancy of every CUDA kernel
 	$(BIN)/python scripts/check_cuda.py
+
+check-triton: $(VENV)/.installed  ## compile every Triton kernel for every architecture; registers, spills, access widths
+	$(BIN)/python scripts/check_triton.py
 
 lint: $(VENV)/.installed  ## check style and types
 	$(BIN)/ruff check .

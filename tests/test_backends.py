@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib import metadata
 
 import pytest
 import torch
-from helpers import BACKENDS, same_bits
+from helpers import same_bits
 from helpers_attention import make_problem
 
 from attbalance_ext import (
@@ -30,9 +34,12 @@ def no_cpu_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose, "_logged", set())
 
 
+ON_CPU = ("reference", "cpu")
+
+
 def ran_by(found: AttentionTerms) -> set[str]:
     """The backends whose bits these are."""
-    return {name for name in BACKENDS if all(map(same_bits, found, terms(name)))}
+    return {name for name in ON_CPU if all(map(same_bits, found, terms(name)))}
 
 
 def test_every_backend_is_listed_with_reasons() -> None:
@@ -59,11 +66,11 @@ def test_auto_takes_the_kernels() -> None:
     assert ran_by(terms()) == {"cpu"}
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", ON_CPU)
 def test_environment_sets_what_auto_means(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("ATTBALANCE_BACKEND", name)
     assert ran_by(terms()) == {name}
-    other = next(backend for backend in BACKENDS if backend != name)
+    other = next(backend for backend in ON_CPU if backend != name)
     assert ran_by(terms(other)) == {other}, "an explicit choice wins"
 
 
@@ -182,6 +189,55 @@ def test_cuda_without_a_device(cuda_everywhere: None, monkeypatch: pytest.Monkey
 
 def test_cuda_library_that_was_not_built_says_what_builds_it(tmp_path) -> None:
     assert "the CUDA toolkit" in ops._load(tmp_path / "libattbalance_cuda.so", "the CUDA toolkit (nvcc)")[0]
+
+
+@pytest.fixture
+def triton_version(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str | None], None]]:
+    """Sets what seems to be installed."""
+
+    def pretend(version: str | None) -> None:
+        def found(name: str) -> str:
+            if version is None:
+                raise metadata.PackageNotFoundError(name)
+            return version
+
+        monkeypatch.setattr(ops.metadata, "version", found)
+        ops._installed_triton_problems.cache_clear()
+
+    yield pretend
+    monkeypatch.undo()
+    ops._installed_triton_problems.cache_clear()
+
+
+def test_reasons_why_triton_cannot_run(
+    triton_version: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "TRITON_IS_INTERPRETED", True)
+    for version, reason in ((None, "pip install attbalance_ext[triton]"), ("3.5.1", "3.5.1 is too old")):
+        triton_version(version)
+        assert reason in available_backends()["triton"][0]
+    for version in ("3.6.0", "3.10.0", "4.0.0+git1234"):
+        triton_version(version)
+        assert available_backends()["triton"] == []
+    monkeypatch.setattr(ops, "TRITON_IS_INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert available_backends()["triton"] == ["PyTorch finds no CUDA device"]
+
+
+def test_auto_takes_triton_where_nothing_was_compiled(cuda_everywhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_cuda_problems", ["libattbalance_cuda.so was not built"])
+    monkeypatch.setitem(choose.BACKENDS, "triton", choose.BACKENDS["triton"]._replace(problems=list))
+    assert choose.choose("auto", "cuda", torch.float32) == "triton"
+    assert choose.choose("auto", "cuda", torch.float64) == "reference"
+
+
+def test_asking_what_is_available_imports_no_triton_kernel() -> None:
+    """PyTorch itself may import Triton."""
+    program = (
+        "import sys, attbalance_ext; attbalance_ext.available_backends(); "
+        "sys.exit('attbalance_ext.kernels.attention_terms.triton' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch has CUDA")

@@ -6,7 +6,6 @@ import platform
 
 import pytest
 import torch
-from helpers import BACKENDS
 
 from attbalance_ext import AttentionTerms, available_backends, info
 
@@ -26,7 +25,7 @@ def test_missing_package_is_said() -> None:
 def test_self_check_passes_on_every_backend_that_can_run() -> None:
     checks = {check.backend: check for check in info.self_check()}
     assert set(checks) == {name for name, reasons in available_backends().items() if not reasons}
-    assert set(BACKENDS) <= set(checks)
+    assert {"reference", "cpu"} <= set(checks)
     for check in checks.values():
         assert check.passed
         assert 0 < check.error <= 2e-5  # 0 would mean that float32 was compared with itself

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from helpers import poisoned_memory
-from helpers_attention import LAYOUTS, assert_solves, literal, make_problem, solve
+from helpers import poisoned_memory, same_bits
+from helpers_attention import LAYOUTS, Problem, assert_solves, literal, make_problem, solve
 from helpers_pairwise import case_id, pairwise
 
-from attbalance_ext import BoxRegion
+from attbalance_ext import BoxRegion, QueryAttention, attention_terms
 from attbalance_ext.kernels.choose import BACKENDS
+from tests.emulation import guarded
 
 pytestmark = pytest.mark.skipif("cpu" not in BACKENDS["triton"].devices, reason="Triton is not interpreted")
+plans = pytest.importorskip("attbalance_ext.kernels.attention_terms.triton", reason="Triton is not installed")
+forward_plan, backward_blocks, MAX_LAYERS = plans.forward_plan, plans.backward_blocks, plans.MAX_LAYERS
+
+Edit = Callable[[Problem], None]
+NAN, INF = math.nan, math.inf
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 TWO_GRIDS = ((4, 6), (3, 3))
@@ -64,3 +73,192 @@ def test_against_the_equations(case: dict[str, Any]) -> None:
         solution = solve(problem, "triton")
     assert [g.dtype for g in solution.grad_key] == [k.dtype for k in problem.key]
     assert_solves(solution, literal(problem))
+
+
+def test_the_host_models_shape() -> None:
+    """N=400 and D=256, whose tokens several programs share."""
+    problem = make_problem(layers=2, batch=1, tokens=400, width=256, padded=True, teacher_distance=1e-2)
+    assert forward_plan(2, 400, 256, 8).splits > 1
+    assert_solves(solve(problem, "triton"), literal(problem))
+
+
+@pytest.mark.parametrize("width", [1024, 1030])
+def test_wide_keys(width: int) -> None:
+    """Beyond 1024 columns, several programs share the key sums."""
+    problem = make_problem(layers=1, batch=2, tokens=21, width=width, key_dtype=(BF16,), padded=True)
+    assert (forward_plan(2, 21, width, 8).chunks > 1) == (width > 1024)
+    assert_solves(solve(problem, "triton"), literal(problem))
+
+
+def test_more_layers_than_one_launch_holds() -> None:
+    problem = make_problem(layers=MAX_LAYERS + 1, batch=1, tokens=5, width=4, padded=True)
+    assert_solves(solve(problem, "triton"), literal(problem))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_same_bits_on_every_run(padded: bool) -> None:
+    problem = make_problem(layers=1, batch=2, tokens=280, key_dtype=(BF16,), padded=padded)
+    first, second = (solve(problem, "triton").tensors() for _ in range(2))
+    assert all(map(same_bits, first, second))
+
+
+# --- edge cases: what the reference makes of them, and no other sample touched ----------------------------------------
+
+
+def _set(tensor: str, sample: int, value: float, layer: int = 1, token: int = 7) -> Edit:
+    def edit(problem: Problem) -> None:
+        if tensor == "query":
+            problem.query[layer][sample, 3] = value
+        elif tensor == "key":
+            problem.key[layer][sample, token, 3] = value
+        elif tensor == "teacher":
+            problem.teacher.key[layer][sample, token, 3] = value
+        else:
+            problem.region[sample, token] = value
+
+    return edit
+
+
+def _empty_region(problem: Problem) -> None:
+    problem.region[1] = 0
+
+
+def _whole_region(problem: Problem) -> None:
+    problem.region[1] = 1
+
+
+def _all_padding(problem: Problem) -> None:
+    problem.padding[1] = True
+
+
+def _region_at_padding(problem: Problem) -> None:
+    problem.region[1] = problem.padding[1].float()
+
+
+def _overflow(problem: Problem) -> None:
+    problem.query[1][1] = 1e20
+    problem.key[1][1, 7] = 1e20
+
+
+EDGES: dict[str, Edit] = {
+    "empty region": _empty_region,
+    "whole region": _whole_region,
+    "all padding": _all_padding,
+    "region at padding": _region_at_padding,
+    "overflow": _overflow,
+    "weight NaN": _set("region", 1, NAN),
+    "weight infinite": _set("region", 1, INF),
+    "weight negative": _set("region", 1, -INF),
+    **{f"{name} {value}": _set(name, 1, value) for name in ("key", "query", "teacher") for value in (NAN, INF, -INF)},
+}
+
+
+@pytest.mark.parametrize("edit", EDGES.values(), ids=EDGES)
+def test_edge_cases(edit: Edit) -> None:
+    def problem() -> Problem:
+        made = make_problem(layers=2, batch=2, tokens=20, region="weights", padded=True)
+        made.padding[:, 7] = False
+        for key in (*made.key, *made.teacher.key):
+            key[:, 7].nan_to_num_(0.5)
+        return made
+
+    clean, edited = problem(), problem()
+    edit(edited)
+    with poisoned_memory():
+        found = solve(edited, "triton")
+    expected, untouched = solve(edited, "reference"), solve(clean, "triton")
+    assert torch.equal(found.terms.valid, expected.terms.valid)
+    for actual, wanted in zip(found.tensors(), expected.tensors(), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5, equal_nan=True)
+    for actual, before in zip(found.terms[:3], untouched.terms[:3], strict=True):
+        assert same_bits(actual[:, 0], before[:, 0])
+    for actual, before in zip(
+        found.grad_query + found.grad_key, untouched.grad_query + untouched.grad_key, strict=True
+    ):
+        assert same_bits(actual[0], before[0])
+
+
+@pytest.mark.parametrize("rule", ["touch", "center", "coverage", "nearest"])
+def test_region_weights_have_the_reference_s_bits(rule: str) -> None:
+    """A_in of a sample in which a single token is not padding is that token's weight."""
+    tokens = sum(rows * columns for rows, columns in TWO_GRIDS)
+    boxes = torch.rand(tokens, 4, generator=torch.Generator().manual_seed(1))
+    boxes[3, 0], boxes[5, 2], boxes[7, 3] = NAN, -0.5, INF
+    region = BoxRegion(boxes, TWO_GRIDS, rule)
+    student = QueryAttention(torch.zeros(tokens, 4), torch.zeros(tokens, tokens, 4), 1.0, ~torch.eye(tokens).bool())
+    terms = attention_terms(student, region, backend="triton")
+    assert same_bits(terms.in_box[0], region.mask().diagonal().clone())
+    assert 0 < terms.valid.sum() < tokens
+
+
+# --- what is asked for ------------------------------------------------------------------------------------------------
+
+
+def test_only_what_is_needed_is_computed() -> None:
+    problem = make_problem(layers=3, tokens=20)
+    whole = solve(problem, "triton")
+    needed_query, needed_key = [False, True, False], [True, False, False]
+    query = [q.clone().requires_grad_(flag) for q, flag in zip(problem.query, needed_query, strict=True)]
+    key = [k.clone().requires_grad_(flag) for k, flag in zip(problem.key, needed_key, strict=True)]
+    terms = attention_terms(problem.student(query, key), problem.region, teacher=problem.teacher, backend="triton")
+    loss = sum((g * term).sum() for g, term in zip(problem.incoming, terms[:3], strict=True))
+    found = torch.autograd.grad(loss, [query[1], key[0]])
+    assert all(map(same_bits, found, [whole.grad_query[1], whole.grad_key[0]]))
+
+
+@pytest.mark.parametrize("layout", ["sequence_first", "sequence_first_slice"])
+def test_sequence_first_keys_get_sequence_first_gradients(layout: str) -> None:
+    for gradient in solve(make_problem(batch=2, tokens=9, layout=layout), "triton").grad_key:
+        assert gradient.transpose(0, 1).is_contiguous()
+
+
+@pytest.mark.parametrize("side", ["before", "after"])
+@pytest.mark.parametrize("layout", ["batch_first", "sequence_first_slice", "wide_rows"])
+@pytest.mark.parametrize("width", [32, 33])
+def test_nothing_beyond_the_inputs_is_read(width: int, layout: str, side: str) -> None:
+    """Every input ends, or begins, at a page that may not be touched: a read beyond it would end the process."""
+    problem = make_problem(layers=1, batch=2, tokens=31, width=width, layout=layout, padded=True)
+    walled = replace(
+        problem,
+        query=[guarded(q, side) for q in problem.query],
+        key=[guarded(k, side) for k in problem.key],
+        padding=guarded(problem.padding, side),
+        teacher=QueryAttention(
+            [guarded(q, side) for q in problem.teacher.query],
+            [guarded(k, side) for k in problem.teacher.key],
+            problem.teacher.scale,
+        ),
+        region=replace(problem.region, boxes=guarded(problem.region.boxes, side)),
+    )
+    assert_solves(solve(walled, "triton"), literal(problem))
+
+
+def test_opcheck() -> None:
+    query, key = torch.randn(1, 4), torch.randn(1, 3, 4)
+    arguments = ([query], [key], [0.5], torch.rand(1, 3), [], 0, None, [query], [key], [0.5], True)
+    ops = torch.ops.attbalance_ext
+    torch.library.opcheck(ops.attention_terms.triton, arguments)
+    in_box, _, _, _, *kept = ops.attention_terms.triton(*arguments)
+    incoming = [torch.randn(1, 1) for _ in range(3)]
+    flags = [False], [True], [True]
+    torch.library.opcheck(
+        ops.attention_terms_backward.triton,
+        (*incoming, [query], [0.5], arguments[3], [], 0, None, in_box, *kept, [0], *flags),
+    )
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def test_splits_fill_the_device_and_no_more() -> None:
+    for multiprocessors in (1, 16, 132, 148):
+        for rows in (1, 6, 48, 192, 100_000):
+            for tokens in (1, 31, 400, 1369, 20_000):
+                plan = forward_plan(rows, tokens, 256, multiprocessors)
+                assert 1 <= plan.splits <= 16
+                assert plan.splits == 1 or plan.splits * rows <= 4 * multiprocessors
+                assert plan.splits == 1 or tokens // plan.splits >= 4 * plan.block_tokens
+                block_tokens, block_dim = backward_blocks(rows, tokens, 256, multiprocessors)
+                assert block_tokens * block_dim <= 4096
+    assert forward_plan(48, 400, 256, 132).splits > 4
+    assert forward_plan(384, 400, 256, 132).splits == 1

@@ -32,7 +32,7 @@ class ForwardPlan(NamedTuple):
 
 def forward_plan(rows: int, tokens: int, dim: int, multiprocessors: int) -> ForwardPlan:
     """As many programs as fill the device, but none with less than four blocks of tokens."""
-    block_dim = min(max(triton.next_power_of_2(dim), 16), 1024 if dim <= 1024 else 512)
+    block_dim = min(max(triton.next_power_of_2(dim), 32), 1024 if dim <= 1024 else 512)
     block_tokens = min(max(2048 // block_dim, 4), 32)
     splits = min(4 * multiprocessors // max(rows, 1), tokens // (4 * block_tokens), 16)
     return ForwardPlan(max(splits, 1), block_tokens, block_dim, triton.cdiv(dim, block_dim))
@@ -41,7 +41,7 @@ def forward_plan(rows: int, tokens: int, dim: int, multiprocessors: int) -> Forw
 def backward_blocks(rows: int, tokens: int, dim: int, multiprocessors: int) -> tuple[int, int]:
     """(tokens, columns) that a program of the backward pass writes at a time; it writes all columns of its tokens."""
     block_dim = min(max(triton.next_power_of_2(dim), 16), 128)
-    block_tokens = min(4096 // block_dim, 64)
+    block_tokens = min(2048 // block_dim, 64)
     while block_tokens > 16 and rows * triton.cdiv(tokens, block_tokens) < 4 * multiprocessors:
         block_tokens //= 2
     return block_tokens, block_dim
@@ -119,7 +119,7 @@ def attention_terms(
     teacher_factor, teacher_rest = _with_rest(tuple(teacher_scale))
     with torch.cuda.device_of(key[0]):
         for run in _runs(kinds):
-            teacher = (None, None, None, None, 0, 0)
+            teacher: tuple[object, ...] = (None, None, None, None, 0, 0)
             if with_teacher:
                 teacher = _layers_of(run, teacher_query, teacher_key, teacher_factor, teacher_rest)
             attend[((run.stop - run.start) * batch * plan.splits, plan.chunks)](
