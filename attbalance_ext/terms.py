@@ -70,6 +70,8 @@ def attention_terms(
         return AttentionTerms(empty, empty.clone(), empty.clone(), (inside.clamp(0, 1) != 0).any(-1))
 
     query = [q if q.dtype == dtype else q.to(dtype) for q in student.query]
+    if len(grids) > ops.MAX_GRIDS:
+        weights, grids = reference.rasterise(weights, grids, RULES[rule]).to(dtype), ()
     if chosen == "reference":
         if grids:
             weights = reference.rasterise(weights, grids, RULES[rule])

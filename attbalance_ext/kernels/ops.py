@@ -8,6 +8,7 @@ The gradient is an ``autograd.Function`` outside the op, cheaper per call than `
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import os
@@ -28,7 +29,9 @@ BACKENDS = ("cpu", "triton", "cuda")
 TRITON = (3, 6)  # the oldest that the kernels run with
 # Triton on CPU tensors, one program after another; Triton reads the variable when it is imported.
 TRITON_IS_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "on", "true")
-_LIBRARIES = Path(__file__).parent / "lib"
+_CPU_LIBRARY, _CUDA_LIBRARY = (Path(__file__).parent / "lib" / f"libattbalance_{name}.so" for name in ("cpu", "cuda"))
+
+MAX_GRIDS = 16  # of one region: what the arguments of a CUDA launch hold
 
 _definitions = torch.library.Library("attbalance_ext", "DEF")
 
@@ -54,13 +57,22 @@ def cpu_library_problems() -> list[str]:
 
 def cuda_library_problems() -> list[str]:
     """Why the CUDA kernels cannot run here; [] when they can."""
-    return _cuda_problems + _device_problems()
+    return _cuda_problems + _device_problems() or _kernel_problems()
 
 
 @functools.cache
 def _device_problems() -> list[str]:
     # Asked when somebody needs to know, not on import: looking for a device spoils CUDA for processes forked later.
     return [] if torch.cuda.is_available() or not torch.version.cuda else ["PyTorch finds no CUDA device"]
+
+
+@functools.cache
+def _kernel_problems() -> list[str]:
+    """Whether the library has code for the current device that its driver can run (csrc/cuda/probe.cu)."""
+    problem = ctypes.CDLL(str(_CUDA_LIBRARY)).attbalance_cuda_problem
+    problem.restype = ctypes.c_char_p
+    message = problem()
+    return [f"{_CUDA_LIBRARY.name} on {torch.cuda.get_device_name()}: {message.decode()}"] if message else []
 
 
 @functools.cache
@@ -244,6 +256,7 @@ class _AttentionTerms(torch.autograd.Function):
             spec.teacher_scale,
             any(ctx.need_query),
         )
+        ctx.set_materialize_grads(False)
         ctx.spec = spec
         ctx.teachers = len(teacher_query) + len(teacher_key)
         ctx.key_dtype = [DTYPES.index(k.dtype) for k in key]
@@ -254,14 +267,18 @@ class _AttentionTerms(torch.autograd.Function):
 
     @staticmethod
     @_differentiable_once
-    def backward(ctx: Any, grad_in_box: Tensor, grad_rac: Tensor, grad_mrc: Tensor, _valid: Tensor | None) -> Gradients:
+    def backward(
+        ctx: Any, grad_in_box: Tensor | None, grad_rac: Tensor | None, grad_mrc: Tensor | None, _valid: None
+    ) -> Gradients:
         region, padding, in_box, scores, teacher_scores, stats, key_means, *query = ctx.saved_tensors
         spec: AttentionSpec = ctx.spec
         backward = getattr(torch.ops.attbalance_ext.attention_terms_backward, spec.backend)
+        incoming = [
+            torch.zeros_like(in_box) if gradient is None else gradient.contiguous()
+            for gradient in (grad_in_box, grad_rac, grad_mrc)
+        ]
         grad_query, grad_key = backward(
-            grad_in_box.contiguous(),
-            grad_rac.contiguous(),
-            grad_mrc.contiguous(),
+            *incoming,
             query,
             spec.scale,
             region,
@@ -376,17 +393,17 @@ class _BalancedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         forward = getattr(torch.ops.attbalance_ext.balanced_loss, backend)
         loss, samples, rho, *gradients = forward(in_box, rac, mrc, valid, pred, target, box_ratio, rho, *weights)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(samples, rho)
         return loss, samples, rho
 
     @staticmethod
     @_differentiable_once
-    def backward(ctx: Any, grad_loss: Tensor, _samples: Tensor, _rho: Tensor) -> Gradients:
-        rac, mrc, pred = (
-            grad_loss * gradient if needed else None
-            for gradient, needed in zip(ctx.saved_tensors, (ctx.needs_input_grad[i] for i in (3, 4, 6)), strict=True)
-        )
+    def backward(ctx: Any, grad_loss: Tensor, _samples: None, _rho: None) -> Gradients:
+        needed = [ctx.needs_input_grad[i] for i in (3, 4, 6)]
+        wanted = [gradient for gradient, flag in zip(ctx.saved_tensors, needed, strict=True) if flag]
+        rac, mrc, pred = _place(torch._foreach_mul(wanted, grad_loss), needed)  # one launch
         return None, None, None, rac, mrc, None, pred, None, None, None
 
 
@@ -417,9 +434,9 @@ for _key in ("CUDA", "CPU") if TRITON_IS_INTERPRETED else ("CUDA",):
     ):
         _definitions.impl(f"{_name}.triton", _triton_implementation(_stem, _name), _key)
 
-_cpu_problems = _load(_LIBRARIES / "libattbalance_cpu.so")
+_cpu_problems = _load(_CPU_LIBRARY)
 # The library names CUDA symbols, which PyTorch without CUDA does not have.
 if torch.version.cuda:
-    _cuda_problems = _load(_LIBRARIES / "libattbalance_cuda.so", "the CUDA toolkit (nvcc)")
+    _cuda_problems = _load(_CUDA_LIBRARY, "the CUDA toolkit (nvcc)")
 else:
     _cuda_problems = [f"PyTorch {torch.__version__} was built without CUDA"]

@@ -20,7 +20,7 @@ constexpr int kMaxGrids = 16;
 /// A float and what rounding left of it: hi + lo. Scores reach 50, where a float's last digit is worth more
 /// than the KL divergence of a teacher that almost agrees. Where a score is not finite, lo is NaN: it makes
 /// the sum it enters NaN, and with it every result of its row.
-struct Score {
+struct alignas(8) Score {
     float hi;
     float lo;
 };
@@ -91,6 +91,8 @@ struct ForwardArguments {
     float* key_sums;        // (L, B, splits, 3, D); with one split, key_means; null without key means
 };
 
+static_assert(sizeof(ForwardArguments) <= 4096, "more than a launch's arguments may hold");
+
 struct BackwardLayer {
     const float* query;  // (B, D)
     float* grad_query;   // (B, D) or null
@@ -119,5 +121,7 @@ struct BackwardArguments {
     const float* stats;      // (L, B, 4)
     const float* key_means;  // (L, B, 3, D) or null
 };
+
+static_assert(sizeof(BackwardArguments) <= 4096, "more than a launch's arguments may hold");
 
 }  // namespace attbalance

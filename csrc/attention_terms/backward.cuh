@@ -60,67 +60,83 @@ __device__ __forceinline__ void write_query_gradient(const BackwardArguments& a,
     }
 }
 
-/// scale * dL/ds_j of this block's tokens in shared memory (a.tile floats), and dq where it is this block's.
-/// Returns the number of tokens; 0 where no key gradient is asked for.
-__device__ __forceinline__ int tile_gradients(const BackwardArguments& a, int row, int first,
-                                              const BackwardLayer& layer, float* coefficients) {
-    const RowGradient g = row_gradient(a, row);
-    if (layer.grad_query && first == 0) write_query_gradient(a, g, row, layer);
-    if (!layer.grad_key) return 0;
-    const int count = min(a.tile, a.tokens - first);
-    const int own = first + static_cast<int>(threadIdx.x);
-    if (static_cast<int>(threadIdx.x) < count) {
-        const bool padded = a.padding && a.padding[static_cast<int64_t>(row % a.batch) * a.tokens + own];
-        coefficients[threadIdx.x] = padded ? 0.0f : layer.scale * score_gradient(a, g, row, own);
+/// One block's part of the backward pass: a tile of tokens of one row.
+struct BackwardTile {
+    int row;
+    int first;  // token
+    int count;  // of tokens; 0 where no key gradient is asked for
+    int64_t b;
+    const BackwardLayer& layer;
+
+    __device__ __forceinline__ explicit BackwardTile(const BackwardArguments& a)
+        : row(static_cast<int>(blockIdx.x) / a.tiles),
+          first(static_cast<int>(blockIdx.x) % a.tiles * a.tile),
+          count(0),
+          b(row % a.batch),
+          layer(a.layer[row / a.batch]) {
+        if (layer.grad_key) count = min(a.tile, a.tokens - first);
     }
-    return count;
+};
+
+/// scale * dL/ds_j of the tile's tokens, in shared memory. Ends with a barrier.
+__device__ __forceinline__ void make_coefficients(const BackwardArguments& a, const BackwardTile& tile,
+                                                  const RowGradient& g, float* coefficients) {
+    const int own = static_cast<int>(threadIdx.x);
+    if (own < tile.count) {
+        const bool padded = a.padding && a.padding[tile.b * a.tokens + tile.first + own];
+        coefficients[own] =
+            padded ? 0.0f : tile.layer.scale * score_gradient(a, g, tile.row, tile.first + own);
+    }
+    __syncthreads();
+}
+
+/// 0 at padding, whatever the query.
+__device__ __forceinline__ float scaled(float coefficient, float query) {
+    return coefficient != 0 ? coefficient * query : 0.0f;
 }
 
 /// dK and dq of one tile of tokens of one row.
 template <typename K, int kElements>
 __global__ void __launch_bounds__(kThreads) backward_rows(const __grid_constant__ BackwardArguments a) {
     extern __shared__ __align__(16) unsigned char shared_memory[];
-    float* const coefficients = reinterpret_cast<float*>(shared_memory);
+    float* const coefficients = reinterpret_cast<float*>(shared_memory);  // (a.tile,)
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-    const int row = static_cast<int>(blockIdx.x) / a.tiles;
-    const int first = static_cast<int>(blockIdx.x) % a.tiles * a.tile;
-    const BackwardLayer& layer = a.layer[row / a.batch];
-    const int64_t b = row % a.batch;
-    const int count = tile_gradients(a, row, first, layer, coefficients);
-    __syncthreads();
-    if (count == 0) return;
+    const BackwardTile tile(a);
+    const BackwardLayer& layer = tile.layer;
+    const RowGradient g = row_gradient(a, tile.row);
     float query[kElements];
-    load_floats<K>(layer.query + b * a.dim, a.dim, lane, query);
-    uint4* const out = static_cast<uint4*>(layer.grad_key) + b * (layer.batch_stride / kVector<K>);
+    load_floats<K>(layer.query + tile.b * a.dim, a.dim, lane, query);
+    make_coefficients(a, tile, g, coefficients);
+    uint4* const out = static_cast<uint4*>(layer.grad_key) + tile.b * (layer.batch_stride / kVector<K>);
     const int64_t stride = layer.token_stride / kVector<K>;
-    for (int i = warp; i < count; i += kWarps) {
+    for (int i = warp; i < tile.count; i += kWarps) {
         float values[kElements];
 #pragma unroll
-        for (int e = 0; e < kElements; ++e) values[e] = coefficients[i] * query[e];
+        for (int e = 0; e < kElements; ++e) values[e] = scaled(coefficients[i], query[e]);
         PackedRow<K, kElements> packed;
         packed.pack(values);
-        packed.store(out + (first + i) * stride, a.dim, lane);
+        packed.store(out + (tile.first + i) * stride, a.dim, lane);
     }
+    if (layer.grad_query && tile.first == 0) write_query_gradient(a, g, tile.row, layer);
 }
 
 /// `backward_rows` for any D and alignment, each layer with its own dtype: single values are stored.
 __global__ void __launch_bounds__(kThreads) backward_any(const __grid_constant__ BackwardArguments a) {
     extern __shared__ __align__(16) unsigned char shared_memory[];
-    float* const coefficients = reinterpret_cast<float*>(shared_memory);
+    float* const coefficients = reinterpret_cast<float*>(shared_memory);  // (a.tile,)
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-    const int row = static_cast<int>(blockIdx.x) / a.tiles;
-    const int first = static_cast<int>(blockIdx.x) % a.tiles * a.tile;
-    const BackwardLayer& layer = a.layer[row / a.batch];
-    const int64_t b = row % a.batch;
-    const int count = tile_gradients(a, row, first, layer, coefficients);
-    __syncthreads();
-    const float* const query = layer.query + b * a.dim;
-    for (int i = warp; i < count; i += kWarps) {
-        const int64_t place = b * layer.batch_stride + (first + i) * layer.token_stride;
+    const BackwardTile tile(a);
+    const BackwardLayer& layer = tile.layer;
+    const RowGradient g = row_gradient(a, tile.row);
+    make_coefficients(a, tile, g, coefficients);
+    const float* const query = layer.query + tile.b * a.dim;
+    for (int i = warp; i < tile.count; i += kWarps) {
+        const int64_t place = tile.b * layer.batch_stride + (tile.first + i) * layer.token_stride;
         for (int d = lane; d < a.dim; d += kWarpSize) {
-            store_value(layer.grad_key, layer.dtype, place + d, coefficients[i] * query[d]);
+            store_value(layer.grad_key, layer.dtype, place + d, scaled(coefficients[i], query[d]));
         }
     }
+    if (layer.grad_query && tile.first == 0) write_query_gradient(a, g, tile.row, layer);
 }
 
 }  // namespace attbalance

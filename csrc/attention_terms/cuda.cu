@@ -29,7 +29,7 @@ struct Shape {
 
     void check_limits() const {
         constexpr int64_t kMost = std::numeric_limits<int>::max();
-        STD_TORCH_CHECK(tokens > 0, "attbalance_ext: key has no tokens");
+        STD_TORCH_CHECK(tokens > 0 && dim > 0, "attbalance_ext: key has no tokens or no columns");
         STD_TORCH_CHECK(batch <= kMost && tokens <= kMost && dim <= kMost / kKeyMeans &&
                             layers * batch <= kMost / std::max<int64_t>(kThreads, tokens / kWarps + 1),
                         "attbalance_ext: too many samples, tokens or columns for the CUDA kernels");
@@ -249,7 +249,7 @@ ForwardOutputs attention_terms(const Tensors& query, const Tensors& key, const s
             launch("forward_any", forward_any, blocks(rows * splits), kBlock, sizeof(AnyShared), stream, a);
         }
         if (shared_rows) {
-            launch("finish_rows", finish_rows, blocks(rows), kBlock, kWarps * sizeof(float), stream, a);
+            launch("finish_rows", finish_rows, blocks(rows), kBlock, sizeof(FinishShared), stream, a);
         }
         first = last;
     }

@@ -11,10 +11,21 @@
 
 namespace attbalance {
 
-/// Terms of a row, and what its backward pass needs, from its parts. All threads of the block call it.
-/// key_sums: (count, 3, D), may be the row's key means. scratch: kWarps floats of shared memory.
+/// Shared memory of `finish_row`.
+struct FinishShared {
+    float scratch[kWarps];
+    float factor[kKeyMeans][kMaxSplits];  // of each part's key sums in the key means
+};
+
+/// A part's factor in the mean of all parts, whose sum is `total` relative to `max`.
+__device__ __forceinline__ float share_of(SoftmaxSum part, float max, float total) {
+    return total != 0 ? part.sum != 0 ? expf(part.max - max) / total : 0.0f : 0.0f;
+}
+
+/// Terms of a row, and what its backward pass needs, from its parts: at most kMaxSplits. All threads of the
+/// block call it. key_sums: (count, 3, D), the teacher's only with a teacher; may be the row's key means.
 __device__ __forceinline__ void finish_row(const ForwardArguments& a, int row, const Partial* parts,
-                                           int count, const float* key_sums, float* scratch) {
+                                           int count, const float* key_sums, FinishShared* shared) {
     const int64_t b = row % a.batch;
     const int64_t first = static_cast<int64_t>(row) * a.tokens;
     const Partial all = merged(parts, count);
@@ -25,6 +36,13 @@ __device__ __forceinline__ void finish_row(const ForwardArguments& a, int row, c
     const float log_total = any_token ? logf(total) : 0.0f;
     const float log_sum_exp = any_token ? max + log_total : 0.0f;
     const float log_teacher = any_token && a.log_t ? logf(all.teacher.sum) : 0.0f;
+
+    if (static_cast<int>(threadIdx.x) < count) {
+        const Partial part = parts[threadIdx.x];
+        shared->factor[kMeanIn][threadIdx.x] = share_of(part.in, all.in.max, all.in.sum);
+        shared->factor[kMeanOut][threadIdx.x] = share_of(part.out, max, total);
+        shared->factor[kMeanTeacher][threadIdx.x] = share_of(part.teacher, all.teacher.max, all.teacher.sum);
+    }
 
     // KL(t || p) = sum_j t_j (e^x_j - 1 - x_j), x = log p - log t.
     float divergence = 0;
@@ -48,7 +66,7 @@ __device__ __forceinline__ void finish_row(const ForwardArguments& a, int row, c
         a.log_p[first + j] = log_p;
         if (a.log_t) a.log_t[first + j] = log_t;
     }
-    divergence = sum_over_block(divergence, scratch);
+    divergence = sum_over_block(divergence, shared->scratch);  // a barrier: the factors are there
 
     if (threadIdx.x == 0) {
         float out_of_box = any_token ? out / total : 0.0f;
@@ -74,19 +92,16 @@ __device__ __forceinline__ void finish_row(const ForwardArguments& a, int row, c
 
     if (!a.key_means) return;
     float* const means = a.key_means + static_cast<int64_t>(row) * kKeyMeans * a.dim;
-    for (int d = threadIdx.x; d < a.dim; d += kThreads) {
-        float mean_in = 0, mean_out = 0, mean_teacher = 0;
-        for (int c = 0; c < count; ++c) {
-            const float* const sums = key_sums + static_cast<int64_t>(c) * kKeyMeans * a.dim;
-            const Partial& part = parts[c];
-            mean_in += rescaling(part.in, all.in.max) / all.in.sum * sums[kMeanIn * a.dim + d];
-            mean_out += rescaling(part.out, max) / total * sums[kMeanOut * a.dim + d];
-            mean_teacher +=
-                rescaling(part.teacher, all.teacher.max) / all.teacher.sum * sums[kMeanTeacher * a.dim + d];
+    for (int kind = 0; kind < kKeyMeans; ++kind) {
+        const bool wanted = kind != kMeanTeacher || a.log_t;
+        for (int d = threadIdx.x; d < a.dim; d += kThreads) {
+            float mean = 0;
+            for (int c = 0; wanted && c < count; ++c) {
+                mean += shared->factor[kind][c] *
+                        key_sums[(static_cast<int64_t>(c) * kKeyMeans + kind) * a.dim + d];
+            }
+            means[kind * a.dim + d] = mean;
         }
-        means[kMeanIn * a.dim + d] = all.in.sum != 0 ? mean_in : 0.0f;
-        means[kMeanOut * a.dim + d] = any_token ? mean_out : 0.0f;
-        means[kMeanTeacher * a.dim + d] = all.teacher.sum != 0 ? mean_teacher : 0.0f;
     }
 }
 
@@ -97,13 +112,13 @@ __global__ void __launch_bounds__(kThreads) finish_rows(const __grid_constant__ 
     const int64_t first = static_cast<int64_t>(row) * a.splits;
     finish_row(a, row, a.partials + first, a.splits,
                a.key_sums ? a.key_sums + first * kKeyMeans * a.dim : nullptr,
-               reinterpret_cast<float*>(shared_memory));
+               reinterpret_cast<FinishShared*>(shared_memory));
 }
 
 /// Shared memory at the end of a forward block.
 struct EndShared {
     Partial block;
-    float scratch[kWarps];
+    FinishShared finish;
 };
 
 /// A block's part of its row is complete: `shared->block`, visible to all threads, and its key sums in
@@ -111,7 +126,7 @@ struct EndShared {
 __device__ __forceinline__ void end_of_block(const ForwardArguments& a, int row, int split,
                                              const float* key_sums, EndShared* shared) {
     if (a.splits == 1) {
-        finish_row(a, row, &shared->block, 1, key_sums, shared->scratch);
+        finish_row(a, row, &shared->block, 1, key_sums, &shared->finish);
     } else if (threadIdx.x == 0) {
         a.partials[static_cast<int64_t>(row) * a.splits + split] = shared->block;
     }

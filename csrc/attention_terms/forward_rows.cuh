@@ -21,13 +21,13 @@ struct TokenList {
 };
 
 /// Shared memory of `forward_rows`.
-struct ForwardRowsShared {
+struct alignas(16) ForwardRowsShared {
     TokenList list[kWarps];
     Partial warp[kWarps];
     EndShared end;
 };
 
-/// The merge of one kind of key sums over the warps comes behind it.
+/// The key sums of one kind of all warps come behind it.
 inline size_t forward_rows_shared_bytes(int64_t dim) {
     return sizeof(ForwardRowsShared) + static_cast<size_t>(kWarps * dim) * sizeof(float);
 }
@@ -41,8 +41,12 @@ __device__ __forceinline__ void merge_key_sums(const float (&keys)[kElements], f
     for (int c = 0; c < LaneColumns<K, kElements>::kChunks; ++c) {
         const int d = LaneColumns<K, kElements>::column(c, lane);
 #pragma unroll
-        for (int v = 0; v < kVector<K>; ++v) {
-            if (d < dim) buffer[warp * dim + d + v] = factor * keys[c * kVector<K> + v];
+        for (int v = 0; v < kVector<K>; v += 4) {
+            const float* const key = keys + c * kVector<K> + v;
+            if (d < dim) {
+                *reinterpret_cast<float4*>(buffer + warp * dim + d + v) =
+                    make_float4(factor * key[0], factor * key[1], factor * key[2], factor * key[3]);
+            }
         }
     }
     __syncthreads();

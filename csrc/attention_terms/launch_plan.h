@@ -22,11 +22,13 @@ constexpr int lane_elements(int64_t dim) {
     return static_cast<int>((dim + 255) / 256 * 8);
 }
 
+/// Blocks that may share a row of the forward pass.
+constexpr int64_t kMaxSplits = 16;
+
 /// Blocks that share the tokens of one row of the forward pass. With more than one, a second kernel merges
 /// what they found.
 inline int64_t forward_splits(int64_t rows, int64_t tokens, int64_t multiprocessors) {
     constexpr int64_t kMinTokens = 4 * kWarps;  // one group of loads for each warp
-    constexpr int64_t kMaxSplits = 16;
     const int64_t wanted = kBlocksPerMultiprocessor * multiprocessors / std::max<int64_t>(rows, 1);
     return std::clamp<int64_t>(std::min(wanted, tokens / kMinTokens), 1, kMaxSplits);
 }

@@ -24,7 +24,9 @@ __device__ __forceinline__ Score operator+(Score a, Score b) {
 
 __device__ __forceinline__ Score operator*(Score a, Score scale) {
     const float hi = a.hi * scale.hi;
-    return {hi, fmaf(a.hi, scale.hi, -hi) + fmaf(a.hi, scale.lo, a.lo * scale.hi)};
+    const float lo = fmaf(a.hi, scale.hi, -hi) + fmaf(a.hi, scale.lo, a.lo * scale.hi);
+    // From where half a digit of hi is worth more than 1, lo would only overflow exp.
+    return {hi, fabsf(hi) < 1e6f ? lo : lo - lo};
 }
 
 /// score - reference, which is near or above it.

@@ -365,7 +365,7 @@ void finish(const Chunk<A>* chunks, int64_t count, int64_t tokens, int64_t dim, 
     if (!results.key_means) return;
     merge_keys(chunks, count, &Chunk<A>::in, in.max, in.sum, dim, results.key_means + kMeanIn * dim);
     merge_keys(chunks, count, &Chunk<A>::out, max, total, dim, results.key_means + kMeanOut * dim);
-    merge_keys(chunks, count, &Chunk<A>::teacher, teacher.max, teacher.sum, dim,
+    merge_keys(chunks, count, &Chunk<A>::teacher, teacher.max, teacher.sum + teacher_poison, dim,
                results.key_means + kMeanTeacher * dim);
 }
 
@@ -425,20 +425,25 @@ void query_gradient(const RowGradient<A>& row, int64_t dim, A* grad_query) {
     }
 }
 
-/// One row of `outer`.
+/// One row of `outer`. A coefficient of 0 gives 0 whatever the query: padding must not see that it is not
+/// finite.
 template <typename A, typename K, bool kStream>
 inline void scaled_copy(A coefficient, const A* query, int64_t dim, K* out) {
     constexpr int kStep = kWidth<A>;
+    const bool zero = coefficient == 0;
     int64_t d = 0;
     for (; d + kStep <= dim; d += kStep) {
-        const Vec<A> v = coefficient * load<A>(query + d);
+        const Vec<A> v = zero ? Vec<A>{} : coefficient * load<A>(query + d);
         if constexpr (kStream) {
             stream<K, A>(out + d, v);
         } else {
             store<K, A>(out + d, v);
         }
     }
-    if (d < dim) store_first<K, A>(out + d, coefficient * load_first<A>(query + d, dim - d), dim - d);
+    if (d < dim) {
+        const Vec<A> v = zero ? Vec<A>{} : coefficient * load_first<A>(query + d, dim - d);
+        store_first<K, A>(out + d, v, dim - d);
+    }
 }
 
 template <typename A, typename K>

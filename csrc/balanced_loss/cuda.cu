@@ -29,8 +29,9 @@ BalancedLossResult balanced_loss(const Tensor& in_box, const Tensor& rac, const 
     if (plan.in_shared) {
         const auto kernel = balanced_loss_kernel<true>;
         if (plan.scratch.bytes > kSharedUnasked) {
+            // The same for every call: another thread may be between this and its launch.
             check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                            static_cast<int>(plan.scratch.bytes)),
+                                            static_cast<int>(kMaxShared)),
                        "asking for shared memory");
         }
         launch("balanced_loss", kernel, dim3(1), dim3(plan.threads), static_cast<size_t>(plan.scratch.bytes),
