@@ -12,6 +12,7 @@ import torch
 
 from attbalance_ext import available_backends
 from attbalance_ext.grounding import pretrain
+from attbalance_ext.grounding.compilation import require_compiler
 from attbalance_ext.grounding.data import GroundingDataset, Vocabulary, load_dataset
 from attbalance_ext.grounding.data.cache import cache_directory
 from attbalance_ext.grounding.errors import UserError
@@ -43,7 +44,7 @@ def start_run(
     splits are shared instead of made again.
     """
     refuse_existing(directory)
-    require_runnable(settings)
+    _require_trainable(settings)
     if like is not None:
         model = _fresh_model(settings, like.split.vocabulary)
         model.load_state_dict(like.model.state_dict())
@@ -62,7 +63,7 @@ def start_run(
 def resume_run(directory: Path, *, cache: Path | None = None) -> Trainer:
     """A trainer that goes on exactly where ``directory``'s last checkpoint ends."""
     state, settings = _read(directory / LAST)
-    require_runnable(settings)
+    _require_trainable(settings)
     vocabulary, model = _trained_model(directory / LAST, state, settings)
     train = load_dataset(settings.data, "train", cache=cache, size=settings.size)
     trainer = _trainer(settings, model, vocabulary, train, directory, cache)
@@ -111,6 +112,12 @@ def require_runnable(settings: Settings) -> None:
         raise UserError(f"unknown ATTBALANCE_BACKEND {backend!r}; there is: auto, {', '.join(backends)}")
     if reasons := backends.get(backend):
         raise UserError(f"backend {backend!r} cannot run here: {'; '.join(reasons)}")
+
+
+def _require_trainable(settings: Settings) -> None:
+    require_runnable(settings)
+    if settings.compile:
+        require_compiler(torch.device(settings.device))
 
 
 def _read(path: Path) -> tuple[dict[str, Any], Settings]:

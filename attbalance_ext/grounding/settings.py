@@ -43,6 +43,8 @@ class Settings:
     """How a box becomes weights on the visual tokens, see ``BoxRegion``."""
     backend: str = "auto"
     device: str = "cpu"
+    compile: bool = False
+    """The step up to the loss under ``torch.compile``. It rounds, and draws dropout, otherwise than eager PyTorch."""
     validate_every: int = 100
     """In steps; a checkpoint follows each validation."""
     early_stop: int | None = None

@@ -19,6 +19,7 @@ from attbalance_ext import (
     attention_terms,
 )
 from attbalance_ext.grounding.clock import StepClock
+from attbalance_ext.grounding.compilation import Objective, compiled
 from attbalance_ext.grounding.errors import TrainingFailed
 from attbalance_ext.grounding.evaluate import evaluate
 from attbalance_ext.grounding.files import save_checkpoint, write_json
@@ -73,6 +74,7 @@ class Trainer:
         if settings.terms_steps > 0:
             self.tap = self.model.make_tap()
             self.teacher = MomentumTeacher(self.model, methodcaller("make_tap"), settings.momentum)
+        self.objective: Objective = compiled(self._objective) if settings.compile else self._objective
 
     @property
     def finished(self) -> bool:
@@ -101,7 +103,7 @@ class Trainer:
 
     def _train_step(self) -> None:
         torch.manual_seed(self.settings.seed * 1_000_003 + self.step)
-        output = self._objective(self.split.batch(self.order.indices(self.step)))
+        output = self.objective(self.split.batch(self.order.indices(self.step)))
         self.optimizer.zero_grad(set_to_none=True)
         output.loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
@@ -113,6 +115,7 @@ class Trainer:
         self.log.add({"gradient_norm": norm, **{name: getattr(output, name) for name in names}})
 
     def _objective(self, batch: Batch) -> AttBalanceOutput:
+        """From a batch to its loss: what is compiled."""
         if self.tap is None or self.teacher is None:
             return self.criterion(None, self.model(*batch.inputs), batch.boxes, box_ratio=batch.box_ratio)
         self.teacher.update(self.model)

@@ -1,15 +1,15 @@
-"""A training step under `torch.compile(fullgraph=True)`: no graph break, eager losses, one graph for every batch."""
+"""A training step of one's own under `torch.compile(fullgraph=True)`: eager losses, one graph for every batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from helpers import BACKENDS
+from helpers_compile import assert_same_curve, graphs
 from helpers_hosts import Grounder
 from torch import Tensor
-from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 from attbalance_ext import AttBalanceLoss, AttentionTap, BoxRegion, MomentumTeacher, attention_terms
@@ -17,15 +17,6 @@ from attbalance_ext import AttBalanceLoss, AttentionTap, BoxRegion, MomentumTeac
 Batch = tuple[Tensor, Tensor, Tensor]
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]
 STEPS = 20
-BOUND = 1e-5
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def make_tap(model: Grounder) -> AttentionTap:
@@ -78,24 +69,13 @@ def batches(sizes: Sequence[int], dynamic: bool = False) -> list[Batch]:
     return made
 
 
-def assert_close(actual: list[float], expected: list[float]) -> None:
-    assert len(set(expected)) == len(expected)  # it trains
-    assert actual == pytest.approx(expected, rel=BOUND)
-
-
-def graphs() -> int:
-    """How many forward graphs were compiled, none of them broken."""
-    assert not counters["graph_break"]
-    return counters["stats"]["unique_graphs"]
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_graph_serves_every_batch_size_when_it_is_marked_dynamic(backend: str) -> None:
     sizes = [8, 5, 3, 8] * (STEPS // 4)
     eager, compiled = Trainer(backend), Trainer(backend)
     expected = eager.train(eager.forward, batches(sizes))
     step = torch.compile(compiled.forward, fullgraph=True, backend="aot_eager")
-    assert_close(compiled.train(step, batches(sizes, dynamic=True)), expected)
+    assert_same_curve(compiled.train(step, batches(sizes, dynamic=True)), expected)
     assert graphs() == 1
 
 
@@ -106,7 +86,7 @@ def test_two_graphs_at_most_serve_every_batch_size_unmarked(backend: str) -> Non
     eager, compiled = Trainer(backend), Trainer(backend)
     expected = eager.train(eager.forward, batches(sizes))
     step = torch.compile(compiled.forward, fullgraph=True, backend="eager")
-    assert_close(compiled.train(step, batches(sizes)), expected)
+    assert_same_curve(compiled.train(step, batches(sizes)), expected)
     assert graphs() <= 2
 
 
@@ -116,7 +96,7 @@ def test_inductor_compiles_around_the_opaque_ops() -> None:
     data = batches([8] * STEPS)
     expected = eager.train(eager.forward, data)
     step = torch.compile(compiled.forward, fullgraph=True, backend="inductor")
-    assert_close(compiled.train(step, data), expected)
+    assert_same_curve(compiled.train(step, data), expected)
     assert graphs() == 1
 
 
@@ -127,7 +107,7 @@ def test_recording_around_a_compiled_model(batch_first: bool) -> None:
     expected = eager.train(eager.forward, data)
     compiled.model.compile(fullgraph=True, backend="aot_eager")
     compiled.teacher.module.compile(fullgraph=True, backend="aot_eager")
-    assert_close(compiled.train(compiled.forward, data), expected)
+    assert_same_curve(compiled.train(compiled.forward, data), expected)
     assert graphs() == 2  # the student and the teacher
 
 

@@ -41,6 +41,14 @@ def train(
     seed: Annotated[
         int, typer.Option(help="Of initial weights, data order and dropout.", rich_help_panel=_RUN)
     ] = DEFAULT.seed,
+    compile: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Compile the step up to the loss: torch.compile, which needs a C++ compiler (on a GPU: Triton).",
+            rich_help_panel=_RUN,
+        ),
+    ] = DEFAULT.compile,
     cache: CacheOption = None,
     model: Annotated[str, typer.Option(help="Name of the model.", rich_help_panel=_DATA)] = DEFAULT.model,
     data: Annotated[
@@ -182,6 +190,7 @@ def train(
             rule=rule,
             backend=backend,
             device=device,
+            compile=compile,
             validate_every=validate_every,
             early_stop=early_stop,
         )
