@@ -239,10 +239,11 @@ def check(architectures: list[int], variants: list[Variant], amd: bool) -> list[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), help="compute capabilities, as 90")
+    parser.add_argument("--arch", type=int, nargs="+", help="compute capabilities, as 90; default: all, and AMD")
     parser.add_argument("--quick", action="store_true", help="two variants only")
     arguments = parser.parse_args()
-    wrong = check(arguments.arch, QUICK if arguments.quick else VARIANTS, amd=not arguments.quick)
+    variants = QUICK if arguments.quick else VARIANTS
+    wrong = check(arguments.arch or list(ARCHITECTURES), variants, amd=not arguments.arch)
     if wrong:
         raise SystemExit("\n".join(f"BROKEN {line}" for line in wrong))
     print("ok")

@@ -21,28 +21,45 @@ _EXACT = {"enable_fp_fusion": False}
 
 
 class ForwardPlan(NamedTuple):
-    """splits: programs that share a row (a layer and sample). block_tokens x block_dim: what a program reads at a time.
-    chunks: programs that share the key sums of a split; each of them works out all its scores."""
+    """splits: programs that share a row (a layer and sample); merged_splits: the power of two that holds them.
+
+    split_tokens: of each split; the last may have fewer. block_tokens x block_dim: what a program of `attend` reads at
+    a time. chunks: programs that share the key sums of a split; each of them works out all its scores. merged_dim:
+    columns of the key sums that `finish` merges at a time.
+    """
 
     splits: int
+    split_tokens: int
     block_tokens: int
     block_dim: int
     chunks: int
+    merged_splits: int
+    merged_dim: int
 
 
+@functools.lru_cache(maxsize=256)
 def forward_plan(rows: int, tokens: int, dim: int, multiprocessors: int) -> ForwardPlan:
     """As many programs as fill the device, but none with less than four blocks of tokens."""
     block_dim = min(max(triton.next_power_of_2(dim), 32), 1024 if dim <= 1024 else 512)
     block_tokens = min(max(2048 // block_dim, 4), 32)
-    splits = min(4 * multiprocessors // max(rows, 1), tokens // (4 * block_tokens), 16)
-    return ForwardPlan(max(splits, 1), block_tokens, block_dim, triton.cdiv(dim, block_dim))
+    splits = max(min(4 * multiprocessors // max(rows, 1), tokens // (4 * block_tokens), 16), 1)
+    return ForwardPlan(
+        splits=splits,
+        split_tokens=triton.cdiv(tokens, splits),
+        block_tokens=block_tokens,
+        block_dim=block_dim,
+        chunks=triton.cdiv(dim, block_dim),
+        merged_splits=triton.next_power_of_2(splits),
+        merged_dim=min(block_dim, 128),
+    )
 
 
+@functools.lru_cache(maxsize=256)
 def backward_blocks(rows: int, tokens: int, dim: int, multiprocessors: int) -> tuple[int, int]:
     """(tokens, columns) that a program of the backward pass writes at a time; it writes all columns of its tokens."""
     block_dim = min(max(triton.next_power_of_2(dim), 16), 128)
     block_tokens = min(2048 // block_dim, 64)
-    while block_tokens > 16 and rows * triton.cdiv(tokens, block_tokens) < 4 * multiprocessors:
+    while block_tokens > 16 and rows * -(-tokens // block_tokens) < 4 * multiprocessors:
         block_tokens //= 2
     return block_tokens, block_dim
 
@@ -135,6 +152,7 @@ def attention_terms(
                 batch,
                 tokens,
                 plan.splits,
+                plan.split_tokens,
                 grids=_grid_places(tuple(grids)),
                 rule=rule,
                 dim=dim,
@@ -161,9 +179,9 @@ def attention_terms(
             tokens,
             plan.splits,
             dim=dim,
-            block_splits=triton.next_power_of_2(plan.splits),
+            block_splits=plan.merged_splits,
             block_tokens=256,
-            block_dim=min(max(triton.next_power_of_2(dim), 16), 128),
+            block_dim=plan.merged_dim,
             num_warps=4,
             **_EXACT,
         )
@@ -213,7 +231,7 @@ def attention_terms_backward(
             if not (queries or keys):
                 continue
             strides = grad_key[run.start].stride() if keys else (0, 0)
-            backward[((run.stop - run.start) * batch, triton.cdiv(tokens, block_tokens) if keys else 1)](
+            backward[((run.stop - run.start) * batch, -(-tokens // block_tokens) if keys else 1)](
                 tuple(query[run]),
                 tuple(scale[run]),
                 tuple(grad_query[run]) if queries else None,

@@ -89,7 +89,7 @@ def _store_slots(part, sums, column, largest, total, key_sum, first, dim: tl.con
         tl.store(sums + column, tl.sum(key_sum * factor[:, None], 0), mask=column < dim)
 
 
-@triton.jit(do_not_specialize=["first_layer", "batch", "tokens", "splits"])
+@triton.jit(do_not_specialize=["first_layer", "batch", "tokens", "splits", "split_tokens"])
 def attend(
     query,  # layers of this launch x (B, D) float32
     key,  # layers x (B, N, D)
@@ -113,6 +113,7 @@ def attend(
     batch,
     tokens,
     splits,
+    split_tokens,
     grids: tl.constexpr,
     rule: tl.constexpr,
     dim: tl.constexpr,
@@ -141,8 +142,8 @@ def attend(
     out_sum, teacher_sum, largest_weight = in_sum, in_sum, in_sum
     in_keys = tl.zeros([block_tokens, block_dim], tl.float32)
     out_keys, teacher_keys_sum = in_keys, in_keys
-    end = (tokens.to(tl.int64) * (split + 1) // splits).to(tl.int32)
-    for base in range((tokens.to(tl.int64) * split // splits).to(tl.int32), end, block_tokens):
+    end = tl.minimum((split + 1) * split_tokens, tokens)
+    for base in range(split * split_tokens, end, block_tokens):
         token = base + tl.arange(0, block_tokens)
         live = live_tokens(padding, b, token, end, tokens)
         m = region_weight(region, b, token, tokens, live, grids, rule)

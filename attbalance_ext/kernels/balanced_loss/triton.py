@@ -6,6 +6,9 @@ the sums of Spearman's rho are exact integers. Nothing that one thread stores is
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -191,6 +194,25 @@ def _balanced_loss(
     tl.store(loss, (tl.sum(total, 0) / tl.maximum(batch, 1).to(tl.float64)).to(tl.float32))
 
 
+class Plan(NamedTuple):
+    """block_layers: the power of two that holds L. block: samples at a time. rank_block: the same where ranks are
+    counted, which compares all pairs."""
+
+    block_layers: int
+    block: int
+    rank_block: int
+    warps: int
+
+
+@functools.lru_cache(maxsize=256)
+def plan(layers: int, batch: int) -> Plan:
+    """Block sizes of the one program: what stays in its registers."""
+    block_layers = triton.next_power_of_2(max(layers, 1))
+    block = triton.next_power_of_2(min(max(batch, 16), 128))
+    few = batch <= 64
+    return Plan(block_layers, max(min(block, 4096 // block_layers), 1), min(block, 32 if few else 64), 4 if few else 16)
+
+
 def balanced_loss(
     in_box: Tensor,
     rac: Tensor,
@@ -216,9 +238,7 @@ def balanced_loss(
     loss, samples = pred.new_empty(()), pred.new_empty(len(SAMPLE_ROWS), batch)
     rho_out = pred.new_empty(0 if plain else layers)
     grad_rac, grad_mrc, grad_pred = torch.empty_like(rac), torch.empty_like(mrc), torch.empty_like(pred)
-    block_layers = triton.next_power_of_2(max(layers, 1))
-    samples_at_once = triton.next_power_of_2(min(max(batch, 16), 128))
-    large = batch > 64  # the comparisons of all pairs count then
+    cut = plan(layers, batch)
     with torch.cuda.device_of(pred):
         _balanced_loss[(1,)](
             in_box,
@@ -249,10 +269,10 @@ def balanced_loss(
             adw=adw,
             odw=odw,
             plain=plain,
-            block_layers=block_layers,
-            block=max(min(samples_at_once, 4096 // block_layers), 1),
-            rank_block=min(samples_at_once, 64 if large else 32),
-            num_warps=16 if large else 4,
+            block_layers=cut.block_layers,
+            block=cut.block,
+            rank_block=cut.rank_block,
+            num_warps=cut.warps,
             enable_fp_fusion=False,  # the bits of the IoU are the reference's: ranks jump otherwise
         )
     return loss, samples, rho_out, grad_rac, grad_mrc, grad_pred
