@@ -4,10 +4,10 @@
 #   scripts/run_on_gpu.sh [OUTPUT]       OUTPUT: folder for the results (default ./gpu-results)
 #
 # Needs Python (PYTHON=..., default python3) with a CUDA build of PyTorch, and nvcc, a C++ compiler and CMake to build with
-# or, instead of those three, a wheel built elsewhere in dist/, whose libraries are used with the checkout's Python files:
-# pip wheel . --no-build-isolation --no-deps -w dist. What else is missing is said, and the steps that need it are left
+# or, instead of those three, a wheel built elsewhere from the same commit, WHEEL=dist/attbalance_ext-....whl, whose libraries
+# are used with the checkout's Python files: pip wheel . --no-build-isolation --no-deps -w dist. What else is missing is said, and the steps that need it are left
 # out. A step that fails or takes too long does not stop the next. The exit status is 1 if any step failed.
-# Results: summary.txt, log.txt, gpu-tests.xml, results.jsonl, ncu.txt.
+# Results: summary.txt, log.txt, gpu-tests.xml, results.jsonl, ncu--batch64.txt, ncu--batch1--first.txt.
 set -u
 mkdir -p "${1:-gpu-results}" && output=$(cd "${1:-gpu-results}" && pwd) || exit 1
 cd "$(dirname "$0")/.." || exit 1
@@ -64,10 +64,10 @@ step "virtual environment" 60 "$PYTHON" -m venv --system-site-packages "$work/ve
 "$PYTHON" -c 'import site; print(*site.getsitepackages(), sep="\n")' \
   >"$(echo "$work"/venv/lib/python*/site-packages)/caller.pth"
 python=$work/venv/bin/python
-wheel=$(ls -t dist/attbalance_ext-*.whl 2>/dev/null | head -1)
-if [ -n "$wheel" ]; then
+if [ -n "${WHEEL:-}" ]; then
+  say "libraries of $WHEEL"
   mkdir -p attbalance_ext/kernels/lib
-  step "unpack $wheel" 60 "$python" -m zipfile -e "$wheel" "$work/wheel" || exit 1
+  step "unpack the wheel" 60 "$python" -m zipfile -e "$WHEEL" "$work/wheel" || exit 1
   cp "$work"/wheel/attbalance_ext/kernels/lib/*.so attbalance_ext/kernels/lib/
 else
   architecture=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
@@ -90,15 +90,6 @@ if has_module pytest && has_module hypothesis && has_module scipy; then
 else
   skip "tests on the GPU" "they need pytest, hypothesis and scipy"
 fi
-if command -v compute-sanitizer >/dev/null; then
-  for tool in memcheck racecheck; do
-    step "compute-sanitizer $tool" 75 compute-sanitizer --tool $tool --error-exitcode 3 --print-limit 20 \
-      "$python" -m scripts.gpu_step
-  done
-else
-  skip compute-sanitizer "not in PATH"
-fi
-
 # --- fast? -----------------------------------------------------------------------------------------------------------
 
 if has_module typer && has_module rich; then
@@ -110,11 +101,26 @@ else
   skip benchmarks "they need typer and rich"
 fi
 if command -v ncu >/dev/null; then
-  # The first problem alone, as in training: its kernels come first.
-  step "profile of each kernel" 90 ncu --set full --kernel-name 'regex:forward_|finish_|backward_|balanced_loss' \
-    --launch-count 8 --log-file "$output/ncu.txt" "$python" -m scripts.gpu_step --batch 64
+  # B=64: a block has a row for itself. B=1: several share it, and `finish_rows` merges.
+  for options in "--batch 64" "--batch 1 --first"; do
+    step "profile of each kernel, $options" 60 ncu --set full --log-file "$output/ncu$(echo "$options" | tr -d ' ').txt" \
+      --kernel-name 'regex:forward_|finish_|backward_|balanced_loss' "$python" -m scripts.gpu_step $options
+  done
 else
   skip "profile of each kernel" "ncu is not in PATH"
+fi
+
+# --- safe? -----------------------------------------------------------------------------------------------------------
+
+if command -v compute-sanitizer >/dev/null; then
+  for tool in memcheck racecheck; do
+    for batch in 1 45; do
+      step "compute-sanitizer $tool, B=$batch" 45 compute-sanitizer --tool $tool --error-exitcode 3 --print-limit 20 \
+        "$python" -m scripts.gpu_step --batch $batch
+    done
+  done
+else
+  skip compute-sanitizer "not in PATH"
 fi
 
 for file in "$output"/*; do  # results travel as files of bounded size

@@ -15,6 +15,7 @@
 #include "../huge_pages.h"
 #include "../tensors.h"
 #include "attention_terms.h"
+#include "check_region.h"
 #include "region_weights.h"
 #include "rows.h"
 

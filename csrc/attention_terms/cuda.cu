@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../tensors.h"
+#include "check_region.h"
 #include "kernels.cuh"
 
 namespace attbalance {
@@ -38,28 +39,14 @@ struct Shape {
 
 RegionArguments region_arguments(const Tensor& region, const Ints& grids, int64_t rule, const Shape& shape,
                                  Place place) {
-    STD_TORCH_CHECK(rule >= 0 && rule < kRules, "attbalance_ext: unknown rule code ", rule);
+    check_region(region, grids, rule, shape.batch, shape.tokens, kFloat, place);
+    STD_TORCH_CHECK(grids.size() <= 2 * kMaxGrids, "attbalance_ext: at most ", kMaxGrids, " grids");
     RegionArguments arguments = {};
     arguments.rule = static_cast<Rule>(rule);
-    if (grids.empty()) {
-        check(region, "region", kFloat, {shape.batch, shape.tokens}, place);
-        arguments.weights = data<const float>(region);
-        return arguments;
-    }
-    check(region, "region", kFloat, {shape.batch, 4}, place);
-    arguments.boxes = data<const float>(region);
-    STD_TORCH_CHECK(grids.size() % 2 == 0 && grids.size() <= 2 * kMaxGrids,
-                    "attbalance_ext: grids must hold at most ", kMaxGrids, " pairs");
-    int64_t cells = 0;
+    (grids.empty() ? arguments.weights : arguments.boxes) = data<const float>(region);
     for (size_t g = 0; g < grids.size() / 2; ++g) {
-        const int64_t rows = grids[2 * g], columns = grids[2 * g + 1];
-        STD_TORCH_CHECK(rows > 0 && columns > 0 && rows <= shape.tokens && columns <= shape.tokens,
-                        "attbalance_ext: grids must be positive and no larger than the tokens");
-        arguments.grid[g] = {static_cast<int>(rows), static_cast<int>(columns)};
-        cells += rows * columns;
+        arguments.grid[g] = {static_cast<int>(grids[2 * g]), static_cast<int>(grids[2 * g + 1])};
     }
-    STD_TORCH_CHECK(cells == shape.tokens, "attbalance_ext: grids have ", cells, " cells for ", shape.tokens,
-                    " tokens");
     return arguments;
 }
 

@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kThreads) forward_any(const __grid_constant__ 
             key_sums[kMeanOut * a.dim + d] = out;
             key_sums[kMeanTeacher * a.dim + d] = from_teacher;
         }
-        __syncthreads();
+        // No barrier: the next tile writes what was read here only after its first one.
     }
     if (threadIdx.x == 0) shared.end.block = mine;
     __syncthreads();

@@ -11,9 +11,9 @@
 
 namespace attbalance {
 
-/// A batch of as many tokens as a warp has lanes; those that are not padding come first. In shared memory.
+/// A tile of as many tokens as a warp has lanes; those that are not padding come first. In shared memory.
 struct TokenList {
-    int place[kWarpSize];  // in the batch
+    int place[kWarpSize];  // in the tile
     float in[kWarpSize];   // m, and 1 - m: both 0 for the rest, whose place is that of another token
     float out[kWarpSize];
     Score score[kWarpSize];
@@ -79,7 +79,7 @@ __device__ __forceinline__ int make_list(int lane, bool live, float weight, Toke
     const unsigned lives = __ballot_sync(kAllLanes, live), before = (1u << lane) - 1;
     const int count = __popc(lives);
     const int rank = live ? __popc(lives & before) : count + __popc(~lives & before);
-    __syncwarp();  // the batch before has been read
+    __syncwarp();  // the tile before has been read
     list->place[rank] = live ? lane : __ffs(static_cast<int>(lives)) - 1;
     list->in[rank] = weight;
     list->out[rank] = live ? 1 - weight : 0.0f;
@@ -87,7 +87,7 @@ __device__ __forceinline__ int make_list(int lane, bool live, float weight, Toke
     return count;
 }
 
-/// The keys of the tokens at these places of a batch. keys: the batch's first token. stride: from token to
+/// The keys of the tokens at these places of a tile. keys: the tile's first token. stride: from token to
 /// token, in units of 16 bytes.
 template <typename K, int kTokens, int kElements>
 __device__ __forceinline__ void load(const uint4* keys, int stride, int dim, int lane, const int* place,

@@ -5,11 +5,13 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../cuda/warp.h"
+
 namespace attbalance {
 
 /// Threads of a block, in every kernel of this op.
 constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
+constexpr int kWarps = kThreads / kWarpSize;
 
 /// Blocks that a multiprocessor is given, at least, where there is enough work.
 constexpr int64_t kBlocksPerMultiprocessor = 2;

@@ -13,8 +13,6 @@
 
 namespace attbalance {
 
-constexpr unsigned kAllLanes = 0xffffffffu;
-
 __device__ __forceinline__ Score operator+(Score a, Score b) {
     const float hi = a.hi + b.hi;
     const float back = hi - a.hi;

@@ -19,8 +19,6 @@ struct BalancedLossArguments {
     unsigned char* workspace;  // plan.scratch.bytes where the scratch memory is not shared memory
 };
 
-constexpr unsigned kAllLanes = 0xffffffffu;
-
 /// A value and its sample, in one number that sorts by value. Samples that are left out sort last.
 using Key = long long;
 constexpr int kLeftOut = 0x7fffffff;
@@ -50,8 +48,8 @@ struct Team {
     int warps;  // of the team
     int lane;
 
-    __device__ int member() const { return warp * kWarp + lane; }
-    __device__ int members() const { return warps * kWarp; }
+    __device__ int member() const { return warp * kWarpSize + lane; }
+    __device__ int members() const { return warps * kWarpSize; }
 };
 
 /// One of two keys `stride` lanes apart, as bitonic merging towards runs of `size` places them.
@@ -67,15 +65,15 @@ __device__ inline void sort_in_registers(Key* keys, const Team& team, int row_le
                                          int first_size, int last_size) {
     const int step = kSortedInRegisters * team.warps;
     for (int begin = kSortedInRegisters * team.warp; begin < row_length; begin += step) {
-        const int low = begin + team.lane, high = low + kWarp;
+        const int low = begin + team.lane, high = low + kWarpSize;
         Key a = keys[low], b = keys[high];
         for (int size = first_size; size <= last_size && size / 2 < batch; size *= 2) {
-            if (size > kWarp && (b < a) == ((begin & size) == 0)) {
+            if (size > kWarpSize && (b < a) == ((begin & size) == 0)) {
                 const Key swapped = a;
                 a = b;
                 b = swapped;
             }
-            for (int stride = size > kWarp ? kWarp / 2 : size / 2; stride > 0; stride /= 2) {
+            for (int stride = size > kWarpSize ? kWarpSize / 2 : size / 2; stride > 0; stride /= 2) {
                 a = exchanged(a, low, size, stride);
                 b = exchanged(b, high, size, stride);
             }
@@ -135,12 +133,13 @@ __device__ inline int rank_of(const Key* keys, int i, int count) {
 }
 
 __device__ inline double warp_sum(double value) {
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
+    for (int offset = kWarpSize / 2; offset > 0; offset /= 2)
+        value += __shfl_xor_sync(kAllLanes, value, offset);
     return value;
 }
 
 __device__ inline RankSums warp_sum(RankSums sums) {
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
         sums.count += __shfl_xor_sync(kAllLanes, sums.count, offset);
         sums.xy += __shfl_xor_sync(kAllLanes, sums.xy, offset);
         sums.xx += __shfl_xor_sync(kAllLanes, sums.xx, offset);
@@ -183,7 +182,7 @@ __device__ inline bool write_keys(Key* keys, const Team& team, int row_length, i
     bool dropped = false;
     const int step = kSortedInRegisters * team.warps;
     for (int begin = kSortedInRegisters * team.warp; begin < row_length; begin += step) {
-        for (int i = begin + team.lane; i < begin + kSortedInRegisters; i += kWarp) {
+        for (int i = begin + team.lane; i < begin + kSortedInRegisters; i += kWarpSize) {
             Key key = make_key(kLeftOut, i);
             if (i < batch && isfinite(iou[i])) {
                 const float value = in_box ? in_box[i] : iou[i];
@@ -213,9 +212,9 @@ __device__ inline int dropped_rank(const Key* keys, int batch, const float* all_
 /// Spearman's rho of every layer, into out.rho and block.rho.
 __device__ inline void batch_spearman(const BalancedLossArguments& p, const Block& block) {
     const int batch = static_cast<int>(p.in.batch), row_length = p.plan.row_length;
-    const int warp = static_cast<int>(threadIdx.x) / kWarp;
+    const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
     const Team team = {warp / p.plan.warps_per_row, warp % p.plan.warps_per_row, p.plan.warps_per_row,
-                       static_cast<int>(threadIdx.x) % kWarp};
+                       static_cast<int>(threadIdx.x) % kWarpSize};
     Key* const keys = block.keys + static_cast<int64_t>(team.row) * row_length;
 
     // Row 0 is the IoU, row l + 1 is layer l.
@@ -271,7 +270,7 @@ __device__ inline void batch_spearman(const BalancedLossArguments& p, const Bloc
 
 /// One block of plan.threads. kShared: where the scratch memory is.
 template <bool kShared>
-__global__ void __launch_bounds__(kMaxWarps* kWarp) balanced_loss_kernel(const BalancedLossArguments p) {
+__global__ void __launch_bounds__(kMaxWarps* kWarpSize) balanced_loss_kernel(const BalancedLossArguments p) {
     extern __shared__ __align__(16) unsigned char shared_memory[];
     const Block block(kShared ? shared_memory : p.workspace, p.plan.scratch);
     const bool ranked = p.plan.rows > 0;
@@ -294,11 +293,11 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) balanced_loss_kernel(const B
         loss += static_cast<double>(sample_objective(p.in, p.weights, rho_weight, b, p.out));
     }
     loss = warp_sum(loss);
-    if (threadIdx.x % kWarp == 0) block.losses[threadIdx.x / kWarp] = loss;
+    if (threadIdx.x % kWarpSize == 0) block.losses[threadIdx.x / kWarpSize] = loss;
     __syncthreads();
     if (threadIdx.x == 0) {
         double total = 0;
-        for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp) total += block.losses[warp];
+        for (unsigned warp = 0; warp < blockDim.x / kWarpSize; ++warp) total += block.losses[warp];
         *p.out.loss = static_cast<float>(total / static_cast<double>(p.in.batch > 0 ? p.in.batch : 1));
     }
 }

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <utility>
 
+#include "../cuda/warp.h"
+
 namespace attbalance {
 
 /// Sums of products of ranks over one (layer, warp). Ranks are #below + #(below or equal), twice the average
@@ -33,7 +35,6 @@ struct BalancedLossPlan {
     bool in_shared;  // the scratch memory is shared memory, else a workspace in global memory
 };
 
-constexpr int kWarp = 32;
 constexpr int kMaxWarps = 32;
 constexpr int kSortedInRegisters = 64;        // keys that a warp sorts without shared memory, two a lane
 constexpr int64_t kMaxBatch = 1 << 20;        // beyond, sums of products of ranks overflow 64 bits
@@ -57,9 +58,9 @@ inline Scratch scratch_of(int64_t batch, int64_t layers, int64_t rows, int64_t r
 /// As many rows at a time as shared memory holds and warps can sort, in rounds of equal size; where not one
 /// row fits, in global memory. `ranked`: rho comes from this batch.
 inline BalancedLossPlan plan_balanced_loss(int64_t batch, int64_t layers, bool ranked) {
-    const int64_t sample_warps = std::clamp<int64_t>((batch + kWarp - 1) / kWarp, 1, kMaxWarps);
+    const int64_t sample_warps = std::clamp<int64_t>((batch + kWarpSize - 1) / kWarpSize, 1, kMaxWarps);
     if (!ranked)
-        return {static_cast<int>(sample_warps) * kWarp, 0, 0, 0, scratch_of(batch, layers, 0, 0), true};
+        return {static_cast<int>(sample_warps) * kWarpSize, 0, 0, 0, scratch_of(batch, layers, 0, 0), true};
     int64_t row_length = kSortedInRegisters;
     while (row_length < batch) row_length *= 2;
     const int64_t all_rows = layers + 1;
@@ -70,7 +71,7 @@ inline BalancedLossPlan plan_balanced_loss(int64_t batch, int64_t layers, bool r
     const int64_t rounds = (all_rows + rows - 1) / rows;
     rows = (all_rows + rounds - 1) / rounds;
     const int64_t warps_per_row = std::min(row_length / kSortedInRegisters, kMaxWarps / rows);
-    return {static_cast<int>(std::max(sample_warps, rows * warps_per_row)) * kWarp,
+    return {static_cast<int>(std::max(sample_warps, rows * warps_per_row)) * kWarpSize,
             static_cast<int>(rows),
             static_cast<int>(warps_per_row),
             static_cast<int>(row_length),

@@ -9,10 +9,9 @@
 #include <cstdint>
 
 #include "../dtype.h"
+#include "warp.h"
 
 namespace attbalance {
-
-constexpr int kWarpSize = 32;
 
 template <typename K>
 __device__ __forceinline__ float widen(unsigned bits);
