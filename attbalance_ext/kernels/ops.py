@@ -230,7 +230,10 @@ def attention_terms(
     region: boxes (B, 4) float32 when ``spec.grids``, else weights (B, N) in the arithmetic's dtype; contiguous.
     padding: (B, N) bool, contiguous. The teacher's lists are L long or empty.
     """
-    return AttentionTerms(*_AttentionTerms.apply(spec, region, padding, *query, *key, *teacher_query, *teacher_key))
+    tensors = [*query, *key, *teacher_query, *teacher_key]
+    if torch.compiler.is_compiling():  # refuses one tensor twice, and layers may share one: a decoder's memory
+        tensors = [tensor.view_as(tensor) for tensor in tensors]
+    return AttentionTerms(*_AttentionTerms.apply(spec, region, padding, *tensors))
 
 
 class _AttentionTerms(torch.autograd.Function):

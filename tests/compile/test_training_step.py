@@ -12,7 +12,7 @@ from helpers_hosts import Grounder
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from attbalance_ext import AttBalanceLoss, AttentionTap, BoxRegion, MomentumTeacher, attention_terms
+from attbalance_ext import AttBalanceLoss, AttentionTap, BoxRegion, MomentumTeacher, QueryAttention, attention_terms
 
 Batch = tuple[Tensor, Tensor, Tensor]
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -144,6 +144,23 @@ def test_gradients_equal_eager_ones(backend: str) -> None:
         gradients.append([p.grad for p in trainer.model.parameters()])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layers_may_share_tensors(backend: str) -> None:
+    """As the layers of a decoder do, whose keys are one memory; and a model may be its own teacher."""
+
+    def step(query: Tensor, key: Tensor, boxes: Tensor) -> Tensor:
+        attention = QueryAttention([query, query], [key, key], 0.25)
+        terms = attention_terms(attention, BoxRegion(boxes, (4, 4)), teacher=attention, backend=backend)
+        return (terms.rac * torch.tensor([[1.0], [2.0]])).sum() + terms.mrc.sum()
+
+    inputs = torch.randn(3, 8, requires_grad=True), torch.randn(3, 16, 8, requires_grad=True), torch.rand(3, 4)
+    expected = torch.autograd.grad(step(*inputs), inputs[:2])
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for gradient, truth in zip(torch.autograd.grad(compiled(*inputs), inputs[:2]), expected, strict=True):
+        torch.testing.assert_close(gradient, truth)
+    assert graphs() == 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch._inductor.config
 
 from attbalance_ext import available_backends, cli
 from attbalance_ext.grounding.data.generate import SCENES
@@ -138,6 +139,28 @@ def test_train_eval_rho_report(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "leave out --lr" in capsys.readouterr().err
     assert call("eval", run, "--split", "nope") == 2
     assert "train, val, test, test_novel" in capsys.readouterr().err
+
+
+def test_compile_without_a_compiler_is_refused_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert call("train", "--out", run, *SMALL) == 0
+    state = load_checkpoint(run / "last.pt")
+    assert state["settings"]["compile"] is False
+    del state["format"]
+    save_checkpoint(run / "last.pt", {**state, "settings": {**state["settings"], "compile": True}})
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    for arguments in (["--compile", "--out", tmp_path / "new", *SMALL], ["--resume", run]):
+        capsys.readouterr()
+        with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+            assert call("train", *arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("attbalance: --compile needs a C++ compiler")
+        assert error.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+    assert before == {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    assert call("eval", run / "last.pt") == 0  # nothing is compiled there
 
 
 def test_a_backend_from_the_environment_is_checked_first(

@@ -114,21 +114,30 @@ def test_a_scaled_step_equals_an_unscaled_one(half: torch.dtype, backend: str) -
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_scaler_skips_a_step_whose_attention_overflows(backend: str) -> None:
+def test_the_scaler_skips_a_step_whose_attention_overflows_and_the_next_goes_on(backend: str) -> None:
     model = Grounder()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
     tap = AttentionTap(model.attention_layers(), visual=slice(1, None))
-    with torch.autocast("cpu", torch.float16), tap.recording():
-        boxes = model(torch.randn(BATCH, 16, 16))
-    recorded = tap.attention()
-    overflow = torch.zeros(BATCH, 16, 16)
-    overflow[0, 3, 0] = torch.inf
-    attention = QueryAttention(recorded.query, [key + overflow for key in recorded.key], recorded.scale)
-    terms = attention_terms(attention, BoxRegion(BOXES, (4, 4)), backend=backend)
-    scaler.scale(AttBalanceLoss(backend=backend)(terms, boxes, BOXES).loss).backward()
-    before = [p.detach().clone() for p in model.parameters()]
-    scaler.step(optimizer)
-    scaler.update()
-    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
-    assert scaler.get_scale() < 2.0**4
+
+    def step(overflow: float) -> bool:
+        """Whether the step changed the model."""
+        with torch.autocast("cpu", torch.float16), tap.recording():
+            boxes = model(torch.randn(BATCH, 16, 16))
+        recorded = tap.attention()
+        added = torch.zeros(BATCH, 16, 16)
+        added[0, 3, 0] = overflow
+        attention = QueryAttention(recorded.query, [key + added for key in recorded.key], recorded.scale)
+        terms = attention_terms(attention, BoxRegion(BOXES, (4, 4)), backend=backend)
+        optimizer.zero_grad()
+        scaler.scale(AttBalanceLoss(backend=backend)(terms, boxes, BOXES).loss).backward()
+        before = [p.detach().clone() for p in model.parameters()]
+        scaler.step(optimizer)
+        scaler.update()
+        assert all(p.isfinite().all() for p in model.parameters())
+        return any(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+    assert not step(torch.inf)
+    assert scaler.get_scale() == 2.0**3
+    assert step(0.0)
+    assert scaler.get_scale() == 2.0**3
