@@ -158,7 +158,7 @@ def attention_terms(
                 dim=dim,
                 block_tokens=plan.block_tokens,
                 block_dim=plan.block_dim,
-                num_warps=4 if plan.block_dim <= 512 else 8,
+                num_warps=4 if plan.block_dim < 512 else 8,
                 **_EXACT,
             )
         finish[(rows,)](
