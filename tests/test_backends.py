@@ -159,6 +159,7 @@ def cuda_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine with a device; nothing is run."""
     monkeypatch.setattr(ops, "_cuda_problems", [])
     monkeypatch.setattr(ops, "_device_problems", list)
+    monkeypatch.setattr(ops, "_kernel_problems", list)
     monkeypatch.setattr(choose, "_logged", set())
 
 
@@ -180,6 +181,13 @@ def test_auto_runs_float64_on_the_reference_and_logs_once(
 def test_cuda_kernels_refuse_other_devices(cuda_everywhere: None) -> None:
     with pytest.raises(BackendUnavailable, match="'cuda' cannot run here: the tensors are on cpu"):
         choose.choose("cuda", "cpu", torch.float32)
+
+
+def test_cuda_library_without_code_for_the_device(cuda_everywhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then "auto" takes another backend, instead of failing at the first launch."""
+    monkeypatch.setattr(ops, "_kernel_problems", lambda: ["no kernel image is available"])
+    assert available_backends()["cuda"] == ["no kernel image is available"]
+    assert choose.choose("auto", "cuda", torch.float32) != "cuda"
 
 
 def test_cuda_without_a_device(cuda_everywhere: None, monkeypatch: pytest.MonkeyPatch) -> None:

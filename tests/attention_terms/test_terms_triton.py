@@ -140,12 +140,17 @@ def _overflow(problem: Problem) -> None:
     problem.key[1][1, 7] = 1e20
 
 
+def _far_scores(problem: Problem) -> None:
+    problem.query[1][1] *= 1e11
+
+
 EDGES: dict[str, Edit] = {
     "empty region": _empty_region,
     "whole region": _whole_region,
     "all padding": _all_padding,
     "region at padding": _region_at_padding,
     "overflow": _overflow,
+    "far scores": _far_scores,
     "weight NaN": _set("region", 1, NAN),
     "weight infinite": _set("region", 1, INF),
     "weight negative": _set("region", 1, -INF),

@@ -55,7 +55,10 @@ def _scores(query, keys, b, token, token_stride, live, scale, rest, dim: tl.cons
         key = _load_keys(keys, token, token_stride, live, column, dim)
         score += _dot(load_query(query, b, column, dim), key, group)
     score *= scale.to(tl.float64) + rest.to(tl.float64)
-    return tl.where(tl.abs(score.to(tl.float32)) < _INF, score, float("nan")), key
+    near = score.to(tl.float32)
+    # The largest score is kept as float32: from where half of its last digit is worth more than 1, exp would overflow.
+    score = tl.where(tl.abs(near) < 1e6, score, near.to(tl.float64))
+    return tl.where(tl.abs(near) < _INF, score, float("nan")), key
 
 
 @triton.jit
