@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import BACKENDS, same_bits
+from helpers import BACKENDS, DOUBLE, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -184,10 +184,13 @@ def assert_box_is_its_mask(boxes: Tensor, grids: Grids, rule: str, backend: str,
     assert all(map(same_bits, *results))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("grids", [((20, 20), (10, 10)), ((1, 1),), ((37, 3), (2, 17), (5, 5))], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [*((name, torch.float32) for name in BACKENDS), *((name, torch.float64) for name in DOUBLE)],
+    ids=str,
+)
 def test_a_box_is_its_mask(backend: str, grids: Grids, rule: str, dtype: torch.dtype) -> None:
     assert_box_is_its_mask(boxes_of_every_kind(grids), grids, rule, backend, dtype)
 

@@ -403,7 +403,9 @@ class _BalancedLoss(torch.autograd.Function):
 
     @staticmethod
     @_differentiable_once
-    def backward(ctx: Any, grad_loss: Tensor, _samples: None, _rho: None) -> Gradients:
+    def backward(ctx: Any, grad_loss: Tensor | None, _samples: None, _rho: None) -> Gradients:
+        if grad_loss is None:
+            return (None,) * len(ctx.needs_input_grad)
         needed = [ctx.needs_input_grad[i] for i in (3, 4, 6)]
         wanted = [gradient for gradient, flag in zip(ctx.saved_tensors, needed, strict=True) if flag]
         rac, mrc, pred = _place(torch._foreach_mul(wanted, grad_loss), needed)  # one launch

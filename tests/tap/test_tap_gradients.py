@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import BACKENDS
+from helpers import DOUBLE
 from helpers_hosts import Host, captured_inputs, explicit_map, explicit_scores, explicit_terms, relative_error
 from helpers_pairwise import case_id, pairwise
 from torch import Tensor
@@ -49,7 +49,7 @@ def padding_mask(kind: str, tokens: int) -> tuple[Tensor | None, Tensor]:
     return torch.zeros(BATCH, tokens, dtype=torch.float64).masked_fill(hidden, low), hidden
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", DOUBLE)
 @pytest.mark.parametrize("case", pairwise(FACTORS), ids=case_id)
 def test_terms_and_gradients_equal_the_explicit_computation(case: dict[str, Any], backend: str) -> None:
     visual, index = VISUAL[case["visual"]], case["query"]
