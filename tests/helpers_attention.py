@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from helpers import excess
@@ -20,6 +21,8 @@ GRIDS = {
     500: ((20, 20), (10, 10)),
     1369: ((37, 37),),
 }
+
+Dtypes = tuple[Sequence[torch.dtype], Sequence[torch.dtype], torch.dtype]  # query by layer, key by layer, teacher
 
 RESULTS = ("in_box", "rac", "mrc", "query", "key")
 LAYOUTS = ("batch_first", "sequence_first", "slice", "sequence_first_slice", "wide_rows", "strided_channels")
@@ -161,6 +164,19 @@ def make_problem(
     if teacher_dtype is not None:
         teacher = QueryAttention(teacher_query, teacher_key, [1.1 * s for s in scale])
     return Problem(query, key, scale, weights, padding, teacher, incoming)
+
+
+def problem_of(case: Mapping[str, Any], dtypes: Dtypes) -> Problem:
+    """The problem of a covering set's case, whose "distance" is the teacher's, None for no teacher."""
+    query, key, teacher = dtypes
+    same = ("layers", "batch", "tokens", "width", "layout", "region", "padded", "spread")
+    return make_problem(
+        query_dtype=query,
+        key_dtype=key,
+        teacher_dtype=None if case["distance"] is None else teacher,
+        teacher_distance=case["distance"] or 0,
+        **{name: case[name] for name in same},
+    )
 
 
 def solve(problem: Problem, backend: str) -> Solution:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import poisoned_memory, same_bits
-from helpers_attention import LAYOUTS, Problem, assert_solves, literal, make_problem, solve
+from helpers_attention import LAYOUTS, Problem, assert_solves, literal, make_problem, problem_of, solve
 from helpers_pairwise import case_id, pairwise
 
 from attbalance_ext import BoxRegion, QueryAttention, attention_terms
@@ -52,21 +52,7 @@ FACTORS: dict[str, list[Any]] = {
 
 @pytest.mark.parametrize("case", pairwise(FACTORS), ids=case_id)
 def test_against_the_equations(case: dict[str, Any]) -> None:
-    query, key, teacher = DTYPES[case["dtypes"]]
-    problem = make_problem(
-        layers=case["layers"],
-        batch=case["batch"],
-        tokens=case["tokens"],
-        width=case["width"],
-        query_dtype=query,
-        key_dtype=key,
-        teacher_dtype=None if case["distance"] is None else teacher,
-        layout=case["layout"],
-        region=case["region"],
-        padded=case["padded"],
-        spread=case["spread"],
-        teacher_distance=case["distance"] or 0,
-    )
+    problem = problem_of(case, DTYPES[case["dtypes"]])
     if case["tokens"] == 33 and isinstance(problem.region, BoxRegion):
         problem.region = BoxRegion(problem.region.boxes, TWO_GRIDS, problem.region.rule)
     with poisoned_memory():

@@ -7,7 +7,17 @@ from typing import Any
 import pytest
 import torch
 from helpers import BACKENDS, DOUBLE
-from helpers_attention import GRIDS, LAYOUTS, arrange, assert_solves, literal, make_problem, solve, tensor_errors
+from helpers_attention import (
+    GRIDS,
+    LAYOUTS,
+    arrange,
+    assert_solves,
+    literal,
+    make_problem,
+    problem_of,
+    solve,
+    tensor_errors,
+)
 from helpers_pairwise import case_id, pairwise
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -67,22 +77,14 @@ RUNS = [(case, backend) for backend in BACKENDS for case in (CASES if backend in
     ("case", "backend"), RUNS, ids=lambda value: value if isinstance(value, str) else case_id(value)
 )
 def test_against_the_equations(case: dict[str, Any], backend: str) -> None:
-    query, key, teacher = DTYPES[case["dtypes"]]
+    query, key, _ = DTYPES[case["dtypes"]]
     wide = in_double(case["dtypes"])
-    problem = make_problem(
-        layers=case["layers"],
-        batch=case["batch"],
-        tokens=case["tokens"],
-        width=case["width"],
-        query_dtype=query,
-        key_dtype=key,
-        teacher_dtype=None if case["teacher"] == "alone" else teacher,
-        layout=case["layout"],
-        region=case["region"],
-        padded=case["padded"] == "padded",
-        spread=SPREAD[case["attention"]],
-        teacher_distance=DISTANCE[case["teacher"]] or 0,
-    )
+    words = {
+        "padded": case["padded"] == "padded",
+        "spread": SPREAD[case["attention"]],
+        "distance": DISTANCE[case["teacher"]],
+    }
+    problem = problem_of(case | words, DTYPES[case["dtypes"]])
     solution = solve(problem, backend)
     assert {term.dtype for term in solution.terms[:3]} == {F64 if wide else F32}
     assert [g.dtype for g in solution.grad_query] == [q.dtype for q in problem.query]

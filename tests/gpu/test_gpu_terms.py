@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import same_bits
-from helpers_attention import GRIDS, LAYOUTS, assert_solves, literal, make_problem, solve
+from helpers_attention import GRIDS, LAYOUTS, assert_solves, literal, make_problem, problem_of, solve
 from helpers_exact import exact, extreme_problem
 from helpers_gpu import DEVICE, at_home, on_device, poison
 from helpers_pairwise import case_id, pairwise
@@ -49,21 +49,7 @@ def small_enough(case: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize("case", pairwise(FACTORS, small_enough), ids=case_id)
 def test_against_the_equations(case: dict[str, Any]) -> None:
-    query, key, teacher = DTYPES[case["dtypes"]]
-    problem = make_problem(
-        layers=case["layers"],
-        batch=case["batch"],
-        tokens=case["tokens"],
-        width=case["width"],
-        query_dtype=query,
-        key_dtype=key,
-        teacher_dtype=None if case["distance"] is None else teacher,
-        layout=case["layout"],
-        region=case["region"],
-        padded=case["padded"],
-        spread=case["spread"],
-        teacher_distance=case["distance"] or 0,
-    )
+    problem = problem_of(case, DTYPES[case["dtypes"]])
     there = on_device(problem)
     poison()
     solution = solve(there, "cuda")
