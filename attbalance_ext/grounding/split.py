@@ -15,8 +15,10 @@ from attbalance_ext.grounding.models import GroundingModel
 class Batch:
     """What one step needs, on the device."""
 
-    prepared: Tensor
+    images: Tensor
     """What the model's ``prepare`` made of the images."""
+    padding: Tensor | None
+    """(B, S, S) bool, True where the canvas shows no image; None: nowhere."""
     words: Tensor
     """(B, T) int64."""
     word_padding: Tensor
@@ -27,9 +29,9 @@ class Batch:
     """(B,) box area / image area."""
 
     @property
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+    def inputs(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """The model's arguments."""
-        return self.prepared, self.words, self.word_padding
+        return self.images, self.padding, self.words, self.word_padding
 
 
 class PreparedSplit:
@@ -63,16 +65,12 @@ class PreparedSplit:
         padding = self.word_padding[indices]
         longest = int((~padding).sum(1).max())
         return Batch(
-            *(
-                tensor.to(self.device)
-                for tensor in (
-                    self.prepared[self.scene_index[indices]],
-                    self.words[indices, :longest],
-                    padding[:, :longest],
-                    self.boxes[indices],
-                    self.box_ratio[indices],
-                )
-            )
+            images=self.prepared[self.scene_index[indices]].to(self.device),
+            padding=None,
+            words=self.words[indices, :longest].to(self.device),
+            word_padding=padding[:, :longest].to(self.device),
+            boxes=self.boxes[indices].to(self.device),
+            box_ratio=self.box_ratio[indices].to(self.device),
         )
 
     def batches(self, batch_size: int) -> list[Tensor]:

@@ -124,7 +124,7 @@ class Trainer:
         terms = attention_terms(
             self.tap.attention(),
             BoxRegion(batch.boxes, self.model.grids, self.settings.rule),
-            teacher=self.teacher.attention(*batch.inputs),
+            teacher=self.teacher.attention(*batch.inputs, attention_only=True),
             backend=self.settings.backend,
         )
         return self.criterion(terms, boxes, batch.boxes, box_ratio=batch.box_ratio)

@@ -42,7 +42,8 @@ def losses(trainer: Trainer, steps: int) -> list[float]:
 def with_dynamic_batch(objective: Callable[[Batch], AttBalanceOutput]) -> Callable[[Batch], AttBalanceOutput]:
     def call(batch: Batch) -> AttBalanceOutput:
         for tensor in vars(batch).values():
-            torch._dynamo.mark_dynamic(tensor, 0)
+            if tensor is not None:
+                torch._dynamo.mark_dynamic(tensor, 0)
         return objective(batch)
 
     return call

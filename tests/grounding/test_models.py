@@ -10,6 +10,7 @@ import torch
 from attbalance_ext import AttentionTap, attention_map
 from attbalance_ext.grounding.errors import UserError
 from attbalance_ext.grounding.models import GroundingModel, build_model
+from attbalance_ext.grounding.models.base import PARTS
 from attbalance_ext.grounding.models.layers import EncoderLayer, sine_positions
 from attbalance_ext.grounding.pretrain import cell_targets
 
@@ -19,11 +20,11 @@ def model() -> GroundingModel:
     return build_model("transvg-tiny", vocabulary_size=20, image_size=32, max_words=8)
 
 
-def inputs(model: GroundingModel, batch: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def inputs(model: GroundingModel, batch: int = 3) -> tuple[torch.Tensor, None, torch.Tensor, torch.Tensor]:
     images = torch.randint(0, 256, (batch, 3, 32, 32)).to(torch.uint8)
     words = torch.randint(2, 20, (batch, 6))
     padding = torch.arange(6) >= torch.tensor([[6], [3], [1]])[:batch]
-    return model.prepare(images), words, padding
+    return model.prepare(images), None, words, padding
 
 
 def test_unknown_model_says_what_exists() -> None:
@@ -33,13 +34,13 @@ def test_unknown_model_says_what_exists() -> None:
 
 def test_boxes_do_not_depend_on_padded_words(model: GroundingModel) -> None:
     model.eval()
-    prepared, words, padding = inputs(model)
-    boxes = model(prepared, words, padding)
+    prepared, _, words, padding = inputs(model)
+    boxes = model(prepared, None, words, padding)
     assert boxes.shape == (3, 4)
     assert ((boxes > 0) & (boxes < 1)).all()
     other = torch.where(padding, 7, words)
-    torch.testing.assert_close(model(prepared, other, padding), boxes)
-    torch.testing.assert_close(model(prepared[1:2], words[1:2, :3], padding[1:2, :3]), boxes[1:2])
+    torch.testing.assert_close(model(prepared, None, other, padding), boxes)
+    torch.testing.assert_close(model(prepared[1:2], None, words[1:2, :3], padding[1:2, :3]), boxes[1:2])
 
 
 def test_the_tap_reads_the_attention_to_the_visual_tokens(model: GroundingModel) -> None:
@@ -78,15 +79,46 @@ def test_every_layer_can_be_tapped_and_the_supervised_ones_are_the_last_three(mo
 
 def test_the_first_layers_query_has_not_seen_the_image(model: GroundingModel) -> None:
     """Why layer 0 is not supervised."""
-    prepared, words, padding = inputs(model)
+    prepared, _, words, padding = inputs(model)
     tap = model.make_tap(every_layer=True)
     queries = []
     for image in (prepared, prepared.flip(0)):
         with tap.recording():
-            model(image, words, padding)
+            model(image, None, words, padding)
         queries.append(tap.attention().query)
     torch.testing.assert_close(queries[0][0], queries[1][0])
     assert not torch.allclose(queries[0][1], queries[1][1], atol=1e-3)
+
+
+def test_padding_of_the_canvas_reaches_the_tap(model: GroundingModel) -> None:
+    model.eval()
+    prepared, _, words, word_padding = inputs(model)
+    padding = torch.zeros(3, 32, 32, dtype=torch.bool)
+    padding[1, :, 20:] = True
+    tap = model.make_tap()
+    with tap.recording():
+        model(prepared, padding, words, word_padding)
+    recorded = tap.attention().padding
+    assert recorded is not None
+    assert torch.equal(recorded.unflatten(1, (4, 4))[1], torch.tensor([[False, False, False, True]] * 4))
+    assert not recorded[[0, 2]].any()
+
+
+def test_a_teacher_stops_when_all_have_attended(model: GroundingModel) -> None:
+    ran = []
+    model.box_head.register_forward_hook(lambda *_: ran.append("box head"))
+    taps = model.make_tap()
+    with taps.recording():
+        assert model(*inputs(model), attention_only=True).numel() == 0
+    assert len(taps.attention().key) == 3
+    assert not ran
+
+
+def test_every_trainable_parameter_is_in_one_part(model: GroundingModel) -> None:
+    parts = model.parts()
+    assert set(parts) == set(PARTS)
+    listed = [id(parameter) for parameters in parts.values() for parameter in parameters]
+    assert sorted(listed) == sorted(id(parameter) for parameter in model.parameters() if parameter.requires_grad)
 
 
 def test_the_frozen_encoder_stays_in_evaluation_mode(model: GroundingModel) -> None:

@@ -9,44 +9,67 @@ from torch import Tensor, nn
 from attbalance_ext import AttentionTap
 from attbalance_ext.grounding.models.vision import ConvEncoder
 
+PARTS = ("vision", "text", "fusion")
+"""A model's parts, each with a learning rate of its own."""
+
 
 class GroundingModel(nn.Module, ABC):
     """An image and a sentence in, one box out, with the object query's attention open to supervision.
 
     Everything that AttBalance needs to know about a model is said here, so that the trainer repeats none of it:
-    which attention modules are supervised and where the visual tokens lie (:meth:`make_tap`) and how those
-    tokens tile the image (:attr:`grids`).
+    which attention modules are supervised and where the visual tokens lie (:meth:`make_tap`), how those tokens
+    tile the canvas (:attr:`grids`) and which of them are padding (the mask that the attention modules are given).
     """
+
+    canvas: int
+    """Side of the square canvas that images are fitted into, in pixels."""
 
     grids: tuple[tuple[int, int], ...]
     """(H, W) of each grid of visual tokens, in the order of the tokens, row-major."""
 
     max_words: int
-    """Longest sentence, in words, that the model takes."""
+    """Longest sentence, in words (tokens of the tokenizer), that the model takes."""
+
+    special_tokens: bool = False
+    """Whether sentences come between a first and a last special token, as BERT's do."""
 
     layers: int
     """Number of layers in which the object query attends to the visual tokens."""
 
-    image_encoder: ConvEncoder | None
+    image_encoder: ConvEncoder | None = None
     """The frozen part that is pre-trained without language; None where nothing is."""
 
     supervised: tuple[int, ...]
     """Indices of the layers that :meth:`make_tap` supervises."""
 
-    @abstractmethod
     def prepare(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 -> what :meth:`forward` takes: the part of the model that never trains.
+        """(B, 3, S, S) uint8 -> what :meth:`forward` takes: the part of the model that never trains.
 
-        The trainer calls it once per scene and keeps the result. A model with nothing frozen returns its images.
+        Where images are not augmented, the trainer calls it once per scene and keeps the result.
         """
+        return images
 
     @abstractmethod
-    def forward(self, prepared: Tensor, words: Tensor, word_padding: Tensor) -> Tensor:
-        """Boxes in [0, 1], cxcywh: (B, 4), or (S, B, 4) for S supervised stages, the last one the answer.
+    def forward(
+        self,
+        images: Tensor,
+        padding: Tensor | None,
+        words: Tensor,
+        word_padding: Tensor,
+        *,
+        attention_only: bool = False,
+    ) -> Tensor:
+        """Boxes on the canvas, cxcywh in [0, 1]: (B, 4), or (S, B, 4) for S supervised stages, the last one the answer.
 
-        prepared: from :meth:`prepare`. words: (B, T) int64. word_padding: (B, T) bool, True = ignore.
+        images: from :meth:`prepare`. padding: (B, S, S) bool, True where the canvas shows no image; None: nowhere.
+        words: (B, T) int64. word_padding: (B, T) bool, True = ignore. attention_only: stop when the last layer
+        has attended and give back an empty tensor: all that a momentum teacher needs.
         """
 
     @abstractmethod
     def make_tap(self, *, every_layer: bool = False) -> AttentionTap:
         """A tap on the supervised layers, or on every layer (for analysis), first to last."""
+
+    @abstractmethod
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """The trainable parameters by part, each in one of :data:`PARTS`."""

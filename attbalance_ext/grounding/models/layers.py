@@ -49,6 +49,15 @@ def sine_positions(height: int, width: int, dim: int) -> Tensor:
     return torch.cat([rows, columns], dim=2).reshape(height * width, dim)
 
 
+def token_padding(padding: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, S, S) bool padding of pixels -> (B, H * W) of the tokens of ``grid``, row-major; H and W divide S.
+
+    A token is padding where all its pixels are, so that every box in the image touches tokens that are none.
+    """
+    height, width = grid
+    return padding.unflatten(2, (width, -1)).all(3).unflatten(1, (height, -1)).all(2).flatten(1)
+
+
 class MLP(nn.Sequential):
     """``depth`` linear layers with ReLU between them."""
 

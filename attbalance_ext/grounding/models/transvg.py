@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from attbalance_ext import AttentionTap
 from attbalance_ext.grounding.models.base import GroundingModel
-from attbalance_ext.grounding.models.layers import MLP, EncoderLayer
+from attbalance_ext.grounding.models.layers import MLP, EncoderLayer, token_padding
 from attbalance_ext.grounding.models.vision import ConvEncoder
 
 
@@ -76,6 +76,7 @@ class TransVG(GroundingModel):
         self.text_encoder = TextEncoder(
             vocabulary_size=vocabulary_size, max_words=max_words, dim=dim, heads=heads, hidden=hidden, dropout=dropout
         )
+        self.canvas = image_size
         self.grids = (self.image_encoder.grid,)
         self.max_words = max_words
         self.layers = layers
@@ -96,18 +97,29 @@ class TransVG(GroundingModel):
         self.image_encoder.eval()
         return self.image_encoder(images)
 
-    def forward(self, prepared: Tensor, words: Tensor, word_padding: Tensor) -> Tensor:
-        batch, visual, _ = prepared.shape  # from here on, tokens are sequence-first
+    def forward(
+        self,
+        images: Tensor,
+        padding: Tensor | None,
+        words: Tensor,
+        word_padding: Tensor,
+        *,
+        attention_only: bool = False,
+    ) -> Tensor:
+        batch, visual, _ = images.shape  # from here on, tokens are sequence-first
         text = self.text_projection(self.text_encoder(words, word_padding))
         reg = self.reg + _mean_of_words(text, word_padding)
         text = text + self.text_positions[: words.shape[1], None]
-        image = self.visual_projection(prepared.transpose(0, 1)) + self.visual_positions[:, None]
+        image = self.visual_projection(images.transpose(0, 1)) + self.visual_positions[:, None]
         tokens = torch.cat([reg, text, image])
         never = word_padding.new_zeros(batch, 1)
-        padding = torch.cat([never, word_padding, never.expand(-1, visual)], dim=1)
+        no_image = never.expand(-1, visual) if padding is None else token_padding(padding, self.image_encoder.grid)
+        ignored = torch.cat([never, word_padding, no_image], dim=1)
         for layer in self.fusion[:-1]:
-            tokens = layer(tokens, padding)
-        tokens = self.fusion[-1](tokens, padding, queries=1)  # nothing else of the last layer is ever read
+            tokens = layer(tokens, ignored)
+        tokens = self.fusion[-1](tokens, ignored, queries=1)  # nothing else of the last layer is ever read
+        if attention_only:
+            return tokens.new_empty(0)
         return self.box_head(self.norm(tokens[0])).sigmoid()
 
     def make_tap(self, *, every_layer: bool = False) -> AttentionTap:
@@ -115,6 +127,12 @@ class TransVG(GroundingModel):
         height, width = self.image_encoder.grid
         layers = cast(Sequence[EncoderLayer], self.fusion)
         return AttentionTap([layers[index].attention for index in chosen], query=0, visual=slice(-height * width, None))
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        text = list(self.text_encoder.parameters())
+        known = {id(parameter) for parameter in [*text, *self.image_encoder.parameters()]}
+        fusion = [parameter for parameter in self.parameters() if id(parameter) not in known]
+        return {"vision": [], "text": text, "fusion": fusion}
 
     def train(self, mode: bool = True) -> TransVG:
         """As usual, except that the frozen image encoder stays in evaluation mode."""
