@@ -36,7 +36,7 @@ class GroundingModel(nn.Module, ABC):
     layers: int
     """Number of layers in which the object query attends to the visual tokens."""
 
-    image_encoder: ConvEncoder | None = None
+    image_encoder: ConvEncoder | None
     """The frozen part that is pre-trained without language; None where nothing is."""
 
     supervised: tuple[int, ...]
