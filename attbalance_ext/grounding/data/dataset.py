@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from .annotations import Box
 from .attributes import VALUES
 from .cache import cache_directory, load_or_create
 from .generate import SCENES, Arrays, content_version, gather, generate
@@ -75,6 +77,18 @@ class GroundingDataset:
         sentences = [self.sentences[i] for i in chosen.tolist()]
         return self.images[self.scene_index[chosen]], sentences, self.boxes[chosen], self.box_ratio[chosen]
 
+    def pixels(self, index: int) -> Image.Image:
+        """The picture of sentence ``index``, RGB."""
+        return Image.fromarray(self.images[self.scene_index[index]].permute(1, 2, 0).numpy())
+
+    def box(self, index: int) -> Box:
+        """Corners in pixels, as ``export`` writes them."""
+        return pixel_corners(self.boxes[index].tolist(), self.images.shape[-1])
+
+    def picture_key(self, index: int) -> int:
+        """The scene: sentences about one picture share it."""
+        return int(self.scene_index[index])
+
     @property
     def objects(self) -> Objects:
         """Boxes and attributes of every object, to pre-train a visual stem without language.
@@ -131,6 +145,12 @@ def load_arrays(
     stem = f"builtin-{name.flavour}{'-hard' if name.hard else ''}"
     file = f"{stem}-{split}-{scenes}x{size}-{content_version()}.npz"
     return load_or_create(cache_directory(cache) / file, create)
+
+
+def pixel_corners(box: Sequence[float], size: int) -> Box:
+    """A cxcywh box in [0, 1] of a square image as corners in its pixels, in float64."""
+    cx, cy, width, height = (float(value) * size for value in box)
+    return Box(cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2)
 
 
 def sentences_of(arrays: Arrays) -> list[str]:

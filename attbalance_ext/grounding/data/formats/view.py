@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 
 from ...files import replace_file
-from ..dataset import sentences_of
+from ..dataset import pixel_corners, sentences_of
 from ..generate import Arrays
 from ..names import BuiltinName
 
@@ -48,8 +48,7 @@ class SplitView:
 
     def xyxy(self, box: np.ndarray) -> list[float]:
         """A cxcywh box as [x1, y1, x2, y2] in pixels."""
-        cx, cy, width, height = (float(v) * self.size for v in box)
-        return [cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2]
+        return list(pixel_corners(box.tolist(), self.size))
 
     def xywh(self, box: np.ndarray) -> list[float]:
         """A cxcywh box as [x1, y1, width, height] in pixels."""

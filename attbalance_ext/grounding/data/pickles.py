@@ -1,0 +1,258 @@
+"""Pickles read as data: plain types and the numbers of NumPy arrays. Nothing that a file names is ever called.
+
+A pickle is a program for a small stack machine that may import and call anything. This reader knows the few names
+that annotation files use and puts functions of its own in their place; NumPy is not asked to rebuild anything.
+Opcodes that only make other objects do not exist here. It is Python's own machine in Python, not the C one, which a
+file of a few bytes can make reserve any amount of memory.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import re
+import struct
+import zipfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, ClassVar
+
+from attbalance_ext.grounding.errors import UserError
+
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+"""First of the pickles in a file of ``torch.save`` from before it wrote archives."""
+_LEGACY_PREAMBLE = 3
+"""Magic number, version of the protocol and sizes of C types come before the object."""
+
+
+class Refused(Exception):
+    """The file asks for more than data."""
+
+
+def load_pickle(path: Path) -> Any:
+    """The object in a pickle of plain types, protocols 0 to 5, Python 2's included.
+
+    Plain types: dict, list, tuple, set, str, bytes, int, float, bool, None. Text of Python 2 is read as UTF-8, and as
+    Latin-1 where it is not.
+
+    Raises:
+        UserError: the file is missing, damaged or holds anything else; the message names it. No code in it is run.
+    """
+    return _guarded(path, lambda content: _unpickle(io.BytesIO(content)))
+
+
+def load_saved(path: Path) -> Any:
+    """The object that ``torch.save`` wrote, as an archive or in the older format, of plain types and NumPy's numbers.
+
+    A NumPy array becomes a list of Python numbers or strings, a NumPy scalar one of them. Tensors are refused.
+
+    Raises:
+        UserError: as ``load_pickle``.
+    """
+    return _guarded(path, _unpickle_saved)
+
+
+def _guarded(path: Path, read: Callable[[bytes], Any]) -> Any:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    try:
+        return read(content)
+    except Refused as error:
+        raise UserError(f"{path} is refused, nothing in it was run: {error}") from None
+    except (*_DAMAGE, RecursionError, MemoryError) as error:
+        raise UserError(f"{path} is damaged or no such file: {str(error) or type(error).__name__}") from None
+
+
+_DAMAGE = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    struct.error,
+    EOFError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    NotImplementedError,
+)
+"""What the machine raises on bytes that are no pickle."""
+
+
+def _unpickle_saved(content: bytes) -> Any:
+    if content.startswith(b"PK\x03\x04"):
+        return _unpickle(io.BytesIO(_archived(content)))
+    file = io.BytesIO(content)
+    magic = _unpickle(file)
+    if not isinstance(magic, int) or magic != _LEGACY_MAGIC:
+        raise ValueError("it was not written by torch.save")
+    for _ in range(_LEGACY_PREAMBLE - 1):
+        _unpickle(file)
+    return _unpickle(file)
+
+
+def _archived(content: bytes) -> bytes:
+    """The pickle in an archive, which torch.save stores uncompressed."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        entries = [entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl")]
+        if len(entries) != 1 or entries[0].compress_type != zipfile.ZIP_STORED:
+            raise ValueError("it was not written by torch.save")
+        return archive.read(entries[0])
+
+
+def _unpickle(file: io.BytesIO) -> Any:
+    """The next object in ``file``, which is left behind it."""
+    start = file.tell()
+    try:
+        return _Machine(file, encoding="utf-8").load()
+    except UnicodeDecodeError:
+        file.seek(start)
+        return _Machine(file, encoding="latin1").load()
+
+
+class _Array(list[Any]):
+    """What a file calls an ndarray: the list of its values, set by the state that NumPy stores."""
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, dtype, is_fortran, data = state
+        values = list(data) if isinstance(data, list) else _numbers(dtype, data)
+        if math.prod(shape) != len(values) or (is_fortran and len(shape) > 1):
+            raise ValueError("an array's shape does not fit its data")
+        self[:] = _folded(values, shape)
+
+
+def _folded(values: list[Any], shape: tuple[int, ...]) -> list[Any]:
+    """Values in C order as nested lists."""
+    for width in reversed(shape[1:]):
+        if width < 1:
+            raise ValueError("an array has no values")
+        values = [values[i : i + width] for i in range(0, len(values), width)]
+    return values
+
+
+class _DType:
+    """What a file calls a dtype: its code, as "f8", and its byte order."""
+
+    def __init__(self, code: Any, *_: Any) -> None:
+        self.code = str(code)
+        self.order = "<"
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.order = ">" if state[1] == ">" else "<"
+
+
+_STRUCT_CODES = {
+    "b1": "?",
+    "i1": "b",
+    "i2": "h",
+    "i4": "i",
+    "i8": "q",
+    "u1": "B",
+    "u2": "H",
+    "u4": "I",
+    "u8": "Q",
+    "f2": "e",
+    "f4": "f",
+    "f8": "d",
+}
+
+
+def _numbers(dtype: _DType, data: bytes | str) -> list[Any]:
+    """The values of an array or scalar: numbers, or strings of fixed width."""
+    raw = data.encode("latin1") if isinstance(data, str) else bytes(data)
+    if code := _STRUCT_CODES.get(dtype.code):
+        return [value for (value,) in struct.iter_unpack(f"{dtype.order}{code}", raw)]
+    text = re.fullmatch("([USa])([1-9][0-9]{0,6})", dtype.code)
+    if text is None:
+        raise Refused(f"it holds a NumPy array of {dtype.code!r}, which is neither numbers nor text")
+    is_unicode = text[1] == "U"
+    width = int(text[2]) * (4 if is_unicode else 1)
+    codec = ("utf-32-be" if dtype.order == ">" else "utf-32-le") if is_unicode else "latin1"
+    return [raw[i : i + width].decode(codec).rstrip("\0") for i in range(0, len(raw), width)]
+
+
+def _scalar(dtype: _DType, data: bytes | str) -> Any:
+    (value,) = _numbers(dtype, data)
+    return value
+
+
+def _encode(text: str, codec: str) -> bytes:
+    """Bytes, as protocols before 3 store them."""
+    if codec != "latin1":
+        raise Refused(f"it encodes text in {codec!r}")
+    return text.encode("latin1")
+
+
+def _set(items: Iterable[Any] = ()) -> set[Any]:
+    values = list(items)
+    _check_keys(values)
+    return set(values)
+
+
+def _check_keys(keys: Iterable[Any]) -> None:
+    """Only scalars are hashed: hashing a tuple nested a million times over would overflow the stack."""
+    for key in keys:
+        if not isinstance(key, str | bytes | int | float | None):
+            raise Refused(f"it has a {type(key).__name__} as a key")
+
+
+_KNOWN: dict[tuple[str, str], Any] = {
+    ("_codecs", "encode"): _encode,
+    ("builtins", "set"): _set,
+    ("__builtin__", "set"): _set,
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _DType,
+    **{
+        (f"numpy.{core}.multiarray", name): stand_in
+        for core in ("core", "_core")
+        for name, stand_in in (("_reconstruct", lambda *_: _Array()), ("scalar", _scalar))
+    },
+}
+
+
+def _check_state(owner: Any) -> None:
+    if not isinstance(owner, _Array | _DType):
+        raise Refused("it sets the state of an object")
+
+
+_UNKNOWN_OPCODES = frozenset(
+    (pickle.INST + pickle.OBJ + pickle.NEWOBJ + pickle.NEWOBJ_EX + pickle.PERSID + pickle.BINPERSID)
+    + (pickle.EXT1 + pickle.EXT2 + pickle.EXT4 + pickle.NEXT_BUFFER + pickle.READONLY_BUFFER)
+)
+"""What plain types never need."""
+
+_CHECKS: dict[int, Callable[[list[Any]], None]] = {
+    pickle.BUILD[0]: lambda stack: _check_state(stack[-2]),
+    pickle.SETITEM[0]: lambda stack: _check_keys(stack[-2:-1]),
+    pickle.SETITEMS[0]: lambda stack: _check_keys(stack[::2]),
+    pickle.DICT[0]: lambda stack: _check_keys(stack[::2]),
+    pickle.ADDITEMS[0]: lambda stack: _check_keys(stack),
+    pickle.FROZENSET[0]: lambda stack: _check_keys(stack),
+}
+"""What is looked at, on the stack down to the last mark, before an opcode acts."""
+
+
+def _checked(load: Callable[[Any], None], check: Callable[[list[Any]], None]) -> Callable[[Any], None]:
+    def checked(machine: Any) -> None:
+        check(machine.stack)
+        load(machine)
+
+    return checked
+
+
+class _Machine(pickle._Unpickler):
+    """Python's unpickler without imports, without objects of classes, and with scalars alone as keys."""
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        code: _checked(load, _CHECKS[code]) if code in _CHECKS else load
+        for code, load in pickle._Unpickler.dispatch.items()
+        if code not in _UNKNOWN_OPCODES
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _KNOWN[module, name]
+        except KeyError:
+            raise Refused(f"it asks for {module}.{name}") from None

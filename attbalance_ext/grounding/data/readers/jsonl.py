@@ -1,0 +1,77 @@
+"""JSON lines, the format for one's own data: one sentence a line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from attbalance_ext.grounding.errors import UserError
+
+from ..annotations import Annotation, parse_box, parse_text
+from .source import Source
+
+_PLAIN = "jsonl"
+"""The name of a folder's only data set, whose files carry no name."""
+
+
+class JsonLines(Source):
+    """``<root>/<name>.<split>.jsonl``, or ``<root>/<split>.jsonl`` where a folder holds one data set.
+
+    A line is an object with image (path, relative to the file), sentence, bbox ([x, y, width, height] in pixels) and,
+    if they are known, width and height of the image.
+    """
+
+    format = "JSON lines"
+
+    def __init__(self, root: Path, names: Sequence[str]) -> None:
+        self.root = root
+        self.name = names[0]
+        self._names = names
+
+    @staticmethod
+    def names_under(root: Path) -> list[str]:
+        """The names of the data sets in ``root``; "jsonl" is that of files without one."""
+        stems = sorted(path.name.removesuffix(".jsonl") for path in root.glob("*.jsonl"))
+        return list(dict.fromkeys(stem.rpartition(".")[0] or _PLAIN for stem in stems))
+
+    def splits(self) -> list[str]:
+        stems = {path.name.removesuffix(".jsonl") for path in self.root.glob("*.jsonl")}
+        named = {stem.removeprefix(f"{name}.") for name in self._names for stem in stems if stem.startswith(f"{name}.")}
+        found = named or {stem for stem in stems if "." not in stem}
+        usual = [split for split in ("train", "val", "test", "testA", "testB", "trainval") if split in found]
+        return usual + sorted(found - set(usual))
+
+    def expected(self, split: str) -> Path:
+        named = [self.root / f"{name}.{split}.jsonl" for name in self._names if name != _PLAIN]
+        plain = self.root / f"{split}.jsonl"
+        return next((path for path in [*named, plain] if path.is_file()), plain)
+
+    def read(self, split: str) -> list[Annotation]:
+        path = self.expected(split)
+        found: list[Annotation] = []
+        images: dict[str, Path] = {}
+        try:
+            lines = path.read_bytes().splitlines()
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                found.append(self._annotation(json.loads(line.decode("utf-8-sig")), images))
+            except (ValueError, TypeError, RecursionError) as error:
+                raise UserError(f"{path}, line {number}: {error}") from None
+        return found
+
+    def _annotation(self, record: Any, images: dict[str, Path]) -> Annotation:
+        if not isinstance(record, dict):
+            raise ValueError(f"a line is an object with image, sentence and bbox, not a {type(record).__name__}")
+        if missing := {"image", "sentence", "bbox"} - record.keys():
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
+        name = parse_text(record["image"], "image")
+        image = images.setdefault(name, self.root / name)
+        size = (int(record["width"]), int(record["height"])) if {"width", "height"} <= record.keys() else None
+        sentence = parse_text(record["sentence"], "sentence")
+        return Annotation(image, sentence, parse_box(record["bbox"], corners=False), size)
