@@ -45,7 +45,7 @@ _VLTVG = {
 _VLTVG_TINY = {"loss.alpha_l1": 5.0, "loss.alpha_giou": 2.0, "terms_fraction": 1.0}
 
 MODELS: dict[str, Design] = {
-    "transvg-tiny": Design("transvg"),
+    "transvg-tiny": Design("transvg_tiny"),
     "transvg-r50": Design("transvg", bert=True, recipe=_TRANSVG),
     "transvg-r101": Design("transvg", bert=True, recipe=_TRANSVG),
     "vltvg-tiny": Design("vltvg_tiny", recipe=_VLTVG_TINY),

@@ -1,4 +1,4 @@
-"""Pieces shared by the models: a pre-norm layer, sine positions, an MLP."""
+"""Pieces shared by the models: transformer layers, sine positions, padding of tokens, an MLP."""
 
 from __future__ import annotations
 
@@ -33,6 +33,51 @@ class EncoderLayer(nn.Module):
         return tokens + self.dropout(self.feedforward(self.norm_feedforward(tokens)))
 
 
+class PostNormLayer(nn.Module):
+    """Post-norm self-attention and feed-forward layer of DETR (Carion et al., ECCV 2020, appendix A.3), sequence-first.
+
+    Positions are added to the queries and keys, never to the values. TransVG's fusion layers are the same. As in
+    :class:`EncoderLayer`, the attention is asked for no weights, so that PyTorch runs its fused kernels.
+    """
+
+    def __init__(self, dim: int, heads: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(dim, heads, dropout=dropout)
+        self.norm_attention = nn.LayerNorm(dim)
+        self.feedforward = FeedForward(dim, hidden, dropout)
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor, padding: Tensor | None = None, *, queries: int | None = None
+    ) -> Tensor:
+        """tokens (T, B, D), positions (T, B or 1, D), padding (B, T) bool, True = ignore -> (T, B, D).
+
+        queries: only the first ``queries`` tokens attend and come back.
+        """
+        return self.feedforward(self.attend(tokens, positions, padding, queries=queries))
+
+    def attend(
+        self, tokens: Tensor, positions: Tensor, padding: Tensor | None = None, *, queries: int | None = None
+    ) -> Tensor:
+        """The first half of :meth:`forward`, up to the feed-forward network."""
+        keys = tokens + positions
+        attended, _ = self.attention(keys[:queries], keys, tokens, key_padding_mask=padding, need_weights=False)
+        return self.norm_attention(tokens[:queries] + self.feedforward.dropout(attended))
+
+
+class FeedForward(nn.Module):
+    """Post-norm: LayerNorm(x + two linear layers of x)."""
+
+    def __init__(self, dim: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.inner = nn.Linear(dim, hidden)
+        self.outer = nn.Linear(hidden, dim)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.dropout(self.outer(self.dropout(torch.relu(self.inner(x))))))
+
+
 def sine_positions(height: int, width: int, dim: int) -> Tensor:
     """(height * width, dim) fixed 2-D sine positions, row-major: the first half of the channels says y, the rest x.
 
@@ -58,6 +103,12 @@ def token_padding(padding: Tensor, grid: tuple[int, int]) -> Tensor:
     return padding.unflatten(2, (width, -1)).all(3).unflatten(1, (height, -1)).all(2).flatten(1)
 
 
+def mean_of_words(text: Tensor, padding: Tensor) -> Tensor:
+    """(T, B, D) -> (1, B, D), padded words left out; 0 for a sentence without words."""
+    weight = (~padding).T[..., None].to(text.dtype)
+    return (weight * text).sum(0, keepdim=True) / weight.sum(0, keepdim=True).clamp(min=1)
+
+
 class MLP(nn.Sequential):
     """``depth`` linear layers with ReLU between them."""
 
@@ -67,3 +118,15 @@ class MLP(nn.Sequential):
         for source, target in pairwise(widths):
             steps += [nn.Linear(source, target), nn.ReLU()]
         super().__init__(*steps[:-1])
+
+
+def xavier(module: nn.Module) -> None:
+    """DETR's initial weights: Glorot's uniform ones for every matrix; vectors stay as they are."""
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            nn.init.xavier_uniform_(parameter)
+
+
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    """The module's parameters that get gradients."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]

@@ -3,99 +3,132 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from attbalance_ext import AttentionTap
 from attbalance_ext.grounding.models.base import GroundingModel
-from attbalance_ext.grounding.models.layers import MLP, EncoderLayer, token_padding
-from attbalance_ext.grounding.models.vision import ConvEncoder
+from attbalance_ext.grounding.models.layers import MLP, PostNormLayer, trainable, xavier
+from attbalance_ext.grounding.models.text_branch import TextBranch
+from attbalance_ext.grounding.models.visual_branch import VisualBranch
 
 
-class TextEncoder(nn.Module):
-    """Word embeddings, learned positions and one transformer layer, from scratch."""
+class Fusion(nn.Module):
+    """TransVG's visual-linguistic fusion (section 3.2) and box head (section 3.3).
+
+    The tokens [REG (1), words (up to ``max_words``), visual (``visual_tokens``)] go through post-norm layers; a
+    learned position embedding of every token is added to the queries and keys of every layer. REG's output gives the
+    box. In the last layer only REG asks: nobody reads the others' output.
+    """
 
     def __init__(
-        self, *, vocabulary_size: int, max_words: int, dim: int, heads: int, hidden: int, dropout: float
+        self,
+        *,
+        max_words: int,
+        visual_tokens: int,
+        text_dim: int,
+        visual_dim: int,
+        dim: int = 256,
+        heads: int = 8,
+        hidden: int = 2048,
+        layers: int = 6,
+        dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        self.words = nn.Embedding(vocabulary_size, dim)
-        self.positions = nn.Parameter(torch.randn(max_words, dim) * 0.02)
-        self.layer = EncoderLayer(dim, heads, hidden, dropout)
-        self.norm = nn.LayerNorm(dim)
+        self.max_words = max_words
+        self.visual_tokens = visual_tokens
+        self.text_projection = nn.Linear(text_dim, dim)
+        self.visual_projection = nn.Linear(visual_dim, dim)
+        self.reg = nn.Parameter(torch.randn(dim))
+        self.positions = nn.Parameter(torch.randn(1 + max_words + visual_tokens, dim))
+        self.layers = nn.ModuleList(PostNormLayer(dim, heads, hidden, dropout) for _ in range(layers))
+        xavier(self.layers)
+        self.box_head = MLP(dim, dim, 4, depth=3)
 
-    def forward(self, words: Tensor, padding: Tensor) -> Tensor:
-        """(B, T) int64 and (B, T) bool -> (T, B, D)."""
-        tokens = self.words(words.T) + self.positions[: words.shape[1], None]
-        return self.norm(self.layer(tokens, padding))
+    def forward(
+        self,
+        text: Tensor,
+        word_padding: Tensor,
+        visual: Tensor,
+        visual_padding: Tensor | None,
+        *,
+        attention_only: bool = False,
+    ) -> Tensor:
+        """text (B, T, text_dim) with T <= max_words, visual (B, N, visual_dim) -> boxes (B, 4).
+
+        word_padding (B, T), visual_padding (B, N): bool, True = ignore. attention_only: empty, once all have attended.
+        """
+        batch, length, _ = text.shape  # from here on, tokens are sequence-first
+        words = self.text_projection(text).transpose(0, 1)
+        image = self.visual_projection(visual).transpose(0, 1)
+        tokens = torch.cat([self.reg.expand(1, batch, -1), words, image])
+        positions = torch.cat([self.positions[: 1 + length], self.positions[1 + self.max_words :]])[:, None]
+        never = word_padding.new_zeros(batch, 1)
+        no_image = never.expand(-1, self.visual_tokens) if visual_padding is None else visual_padding
+        ignored = torch.cat([never, word_padding, no_image], dim=1)
+        *first, last = cast(Sequence[PostNormLayer], self.layers)
+        for layer in first:
+            tokens = layer(tokens, positions, ignored)
+        reg = last.attend(tokens, positions, ignored, queries=1)
+        if attention_only:
+            return reg.new_empty(0)
+        return self.box_head(last.feedforward(reg)[0]).sigmoid()
+
+    def make_tap(self, layers: Sequence[int]) -> AttentionTap:
+        """A tap on REG's attention to the visual tokens in the layers with these indices."""
+        attention = [cast(PostNormLayer, self.layers[index]).attention for index in layers]
+        return AttentionTap(attention, query=0, visual=slice(-self.visual_tokens, None))
 
 
 class TransVG(GroundingModel):
-    """The fusion transformer of TransVG over a small image encoder and a small text encoder.
+    """TransVG at its published size: BERT-base, a ResNet with DETR's encoder, six fusion layers.
 
-    Tokens are [REG (1), words (T), visual (N)]; the REG token's output gives the box. The supervised attention
-    has REG as its query and the last N tokens as its keys.
+    Parameters, in millions: BERT without pooler 108.89; ResNet-50 23.45 (ResNet-101: 42.39; its batch norms are
+    frozen, and constants), 1 x 1 convolution 0.52, DETR's encoder 7.89; projections 0.26, positions 0.11, fusion
+    layers 7.89, box head 0.13. TransVG-R50 has 149.2; the 149.7 in the literature counts BERT's pooler (0.59), which
+    nothing reads.
 
-    Besides its size, it differs from the published model where a small model has to learn in minutes:
+    Args:
+        depth: of the ResNet, 50 or 101.
+        max_words: the paper's is 20, and 40 for RefCOCOg.
+        vision_weights: folder or hub id of a DETR checkpoint, see :class:`VisualBranch`; None: random.
+        text_weights: folder or hub id of BERT-base, see :class:`TextBranch`; None: random.
 
-    * *Frozen vision.* The image encoder is pre-trained without language (``pretrain.py``; the analogue of starting
-      from DETR) and does not train afterwards; TransVG fine-tunes its ResNet and DETR encoder.
-    * *Positions in the values.* The position embedding is added to the fusion's input. TransVG adds it to queries
-      and keys only, and learns to copy positions into the visual tokens through its trainable vision branch.
-    * *Pre-norm* layers (TransVG: post-norm), which need less warm-up.
-    * *A query that has read the sentence.* REG starts as a learned vector plus the mean of the projected words; in
-      TransVG it is the learned vector alone, and has to find its words among hundreds of tokens first.
-    * *Text from scratch*: one layer on word embeddings where TransVG has BERT.
-    * *Image positions*: visual position embeddings start from 2-D sines; all others start random.
-    * *Not every layer is supervised.* In the first fusion layer the visual tokens have not met the sentence and REG
-      has not met the image; AttBalance supervises the layers after it (the paper: the last 4 of 6).
+    Raises:
+        UserError: weights of another design, an image size that is no multiple of 32.
     """
 
-    image_encoder: ConvEncoder
+    special_tokens = True
+    layers = 6
+    supervised = (2, 3, 4, 5)
+    image_encoder = None
 
     def __init__(
         self,
         *,
         vocabulary_size: int,
-        image_size: int,
-        dim: int = 64,
-        heads: int = 4,
-        hidden: int = 128,
-        visual_layers: int = 1,
-        layers: int = 4,
-        supervised: Sequence[int] = (1, 2, 3),
-        max_words: int = 32,
-        dropout: float = 0.0,
+        depth: int,
+        image_size: int = 640,
+        max_words: int = 20,
+        vision_weights: str | None = None,
+        text_weights: str | None = None,
     ) -> None:
         super().__init__()
-        self.image_encoder = ConvEncoder(
-            image_size=image_size, dim=dim, heads=heads, layers=visual_layers, hidden=hidden
-        ).requires_grad_(False)
-        self.text_encoder = TextEncoder(
-            vocabulary_size=vocabulary_size, max_words=max_words, dim=dim, heads=heads, hidden=hidden, dropout=dropout
-        )
+        self.text_branch = TextBranch(vocabulary_size=vocabulary_size, max_words=max_words, weights=text_weights)
+        self.visual_branch = VisualBranch(depth=depth, image_size=image_size, weights=vision_weights)
+        height, width = self.visual_branch.grid
         self.canvas = image_size
-        self.grids = (self.image_encoder.grid,)
+        self.grids = (self.visual_branch.grid,)
         self.max_words = max_words
-        self.layers = layers
-        self.supervised = tuple(supervised)
-
-        self.visual_projection = nn.Linear(dim, dim)
-        self.text_projection = nn.Linear(dim, dim)
-        self.reg = nn.Parameter(torch.randn(dim) * 0.02)
-        self.text_positions = nn.Parameter(torch.randn(max_words, dim) * 0.02)
-        self.visual_positions = nn.Parameter(self.image_encoder.positions.clone())
-        self.fusion = nn.ModuleList(EncoderLayer(dim, heads, hidden, dropout) for _ in range(layers))
-        self.norm = nn.LayerNorm(dim)
-        self.box_head = MLP(dim, dim, 4, depth=3)
-
-    @torch.no_grad()
-    def prepare(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) uint8 -> (B, N, D): the frozen image encoder, always in evaluation mode."""
-        self.image_encoder.eval()
-        return self.image_encoder(images)
+        self.fusion = Fusion(
+            max_words=max_words,
+            visual_tokens=height * width,
+            text_dim=self.text_branch.dim,
+            visual_dim=self.visual_branch.dim,
+            layers=self.layers,
+        )
 
     def forward(
         self,
@@ -106,47 +139,23 @@ class TransVG(GroundingModel):
         *,
         attention_only: bool = False,
     ) -> Tensor:
-        batch, visual, _ = images.shape  # from here on, tokens are sequence-first
-        text = self.text_projection(self.text_encoder(words, word_padding))
-        reg = self.reg + _mean_of_words(text, word_padding)
-        text = text + self.text_positions[: words.shape[1], None]
-        image = self.visual_projection(images.transpose(0, 1)) + self.visual_positions[:, None]
-        tokens = torch.cat([reg, text, image])
-        never = word_padding.new_zeros(batch, 1)
-        no_image = never.expand(-1, visual) if padding is None else token_padding(padding, self.image_encoder.grid)
-        ignored = torch.cat([never, word_padding, no_image], dim=1)
-        for layer in self.fusion[:-1]:
-            tokens = layer(tokens, ignored)
-        tokens = self.fusion[-1](tokens, ignored, queries=1)  # nothing else of the last layer is ever read
-        if attention_only:
-            return tokens.new_empty(0)
-        return self.box_head(self.norm(tokens[0])).sigmoid()
+        visual = self.visual_branch(images, padding)
+        text = self.text_branch(words, word_padding)
+        return self.fusion(text, word_padding, visual.tokens, visual.padding, attention_only=attention_only)
 
     def make_tap(self, *, every_layer: bool = False) -> AttentionTap:
-        chosen = range(self.layers) if every_layer else self.supervised
-        height, width = self.image_encoder.grid
-        layers = cast(Sequence[EncoderLayer], self.fusion)
-        return AttentionTap([layers[index].attention for index in chosen], query=0, visual=slice(-height * width, None))
+        return self.fusion.make_tap(range(self.layers) if every_layer else self.supervised)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        text = list(self.text_encoder.parameters())
-        known = {id(parameter) for parameter in [*text, *self.image_encoder.parameters()]}
-        fusion = [parameter for parameter in self.parameters() if id(parameter) not in known]
-        return {"vision": [], "text": text, "fusion": fusion}
-
-    def train(self, mode: bool = True) -> TransVG:
-        """As usual, except that the frozen image encoder stays in evaluation mode."""
-        super().train(mode)
-        self.image_encoder.eval()
-        return self
+        modules = {"vision": self.visual_branch, "text": self.text_branch, "fusion": self.fusion}
+        return {name: trainable(module) for name, module in modules.items()}
 
 
-def transvg_tiny(**options: object) -> TransVG:
-    """0.3 million parameters: learns the built-in benchmark on a laptop CPU in two minutes."""
-    return TransVG(**options)  # type: ignore[arg-type]
+def transvg_r50(**options: Any) -> TransVG:
+    """TransVG on ResNet-50."""
+    return TransVG(depth=50, **options)
 
 
-def _mean_of_words(text: Tensor, padding: Tensor) -> Tensor:
-    """(T, B, D) -> (1, B, D), padded words left out; 0 for a sentence without words."""
-    weight = (~padding).T[..., None].to(text.dtype)
-    return (weight * text).sum(0, keepdim=True) / weight.sum(0, keepdim=True).clamp(min=1)
+def transvg_r101(**options: Any) -> TransVG:
+    """TransVG on ResNet-101."""
+    return TransVG(depth=101, **options)
