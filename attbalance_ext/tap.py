@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attbalance_ext.attention import QueryAttention
+from attbalance_ext.sharding import is_unit
 
 # A float mask is added to the scores: below this a token's probability underflows to 0, whatever finite stand-in
 # for -inf the host uses.
@@ -51,6 +52,11 @@ class AttentionTap:
     later. Activation checkpointing needs ``use_reentrant=False``; inside ``fullgraph=True`` also
     ``torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True``, as PyTorch's own message says, since
     a recording is a side effect.
+
+    FSDP2: apply `fully_shard` to the blocks around the tapped layers (and the model), not to the tapped layers
+    themselves. Their parameters are gathered again when the gradient of a block's output arrives, so the loss must
+    depend on that output too, as any box loss does; for a loss of attention alone give the blocks
+    ``reshard_after_forward=False``.
 
     Args:
         modules: the L attention layers in order, sequence- or batch-first, self- or cross-attention.
@@ -95,8 +101,8 @@ class AttentionTap:
         Raises:
             RuntimeError: the tap was removed or is a copy, or is recording already. Inside, from the model's forward
                 pass: a layer runs twice, or runs in training mode without gradients.
-            ValueError: inside: input that is not batched, ``query`` out of range, or nested input where ``query`` or
-                ``visual`` counts from the end.
+            ValueError: inside: input that is not batched, ``query`` out of range, nested input where ``query`` or
+                ``visual`` counts from the end, or a tapped layer that `fully_shard` was applied to by itself.
         """
         if not self._attached:
             raise RuntimeError("this tap was removed from its modules, or is a copy of one: make a new AttentionTap")
@@ -187,6 +193,8 @@ def _in_backward() -> bool:
 def _read(
     module: nn.MultiheadAttention, index: int, visual: slice, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> _Record:
+    if is_unit(module):  # its parameters would be gone when the recording's backward pass needs them
+        raise ValueError("fully_shard was applied to a tapped layer by itself: apply it to the block around the layer")
     query = args[0] if args else kwargs.get("query")
     key = args[1] if len(args) > 1 else kwargs.get("key")
     if not isinstance(query, Tensor) or not isinstance(key, Tensor):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from attbalance_ext.attention import QueryAttention
+from attbalance_ext.sharding import gathered, is_sharded, units
 from attbalance_ext.tap import AttentionTap
 
 
@@ -29,16 +30,25 @@ class MomentumTeacher(nn.Module):
 
     The averaged weights and buffers are in ``state_dict`` under ``module.``.
 
+    FSDP2: make the teacher before `fully_shard` is applied to the model. It may stay whole on every process, which is
+    fastest where it fits, or be sharded as the model is: `fully_shard` on ``teacher.module`` and the same blocks of it.
+
     Args:
         model: the student; give the plain module, not a DistributedDataParallel or compiled wrapper of it.
         make_tap: called once with the copy; returns the copy's :class:`AttentionTap`.
         momentum: what the average keeps of its past in each update, in [0, 1]; the paper's is 0.9.
+
+    Raises:
+        ValueError: momentum outside [0, 1], or `fully_shard` was applied to the model already.
+        TypeError: make_tap returned something else.
     """
 
     def __init__(self, model: nn.Module, make_tap: Callable[[nn.Module], AttentionTap], momentum: float = 0.9) -> None:
         super().__init__()
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum must be in [0, 1], got {momentum!r}")
+        if any(units(model)):
+            raise ValueError("model is sharded, which has no copy: make the teacher first, then call fully_shard")
         self.momentum = momentum
         self.module = copy.deepcopy(model).requires_grad_(False)
         tap = make_tap(self.module)
@@ -56,13 +66,17 @@ class MomentumTeacher(nn.Module):
     def update(self, model: nn.Module) -> None:
         """Move the average towards ``model``: floating parameters by ``1 - momentum``; buffers are copied.
 
-        ``model`` may be a wrapper, as long as its parameters and buffers come in the same order.
+        ``model`` may be a wrapper, as long as its parameters and buffers come in the same order. Where it is sharded,
+        every process must call this; the parameters are gathered one by one for a teacher that is not.
         """
+        for unit in (*units(self.module), *units(model)):
+            unit.reshard()  # after a forward pass without a backward one it shows a gathered copy of its parameters
         groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
         for parameter, current in zip(self.module.parameters(), model.parameters(), strict=True):
             averages, currents = groups.setdefault((parameter.device, parameter.dtype), ([], []))
             averages.append(parameter.detach())
-            currents.append(current.detach().to(parameter))
+            current = current.detach()
+            currents.append((current if is_sharded(parameter) else gathered(current)).to(parameter))
         average = get_ema_multi_avg_fn(self.momentum)
         for averages, currents in groups.values():
             average(averages, currents, 0)
