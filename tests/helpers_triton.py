@@ -13,6 +13,7 @@ def prepare_interpreter() -> None:
     from triton.runtime import interpreter
 
     _patch_the_language_once_a_launch(interpreter)
+    _scalars_are_indices(interpreter)
     _round_bfloat16_to_nearest(interpreter)
 
 
@@ -39,6 +40,17 @@ def _patch_the_language_once_a_launch(interpreter: Any) -> None:
         call(self, *arguments, **options)
 
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch
+
+
+def _scalars_are_indices(interpreter: Any) -> None:
+    """The interpreter of Triton 3.6 makes an int of an array of one element, which NumPy 2.4 refuses."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_tensor
 
 
 def _round_bfloat16_to_nearest(interpreter: Any) -> None:
