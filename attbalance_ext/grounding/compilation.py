@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from attbalance_ext import AttBalanceOutput
+from attbalance_ext.grounding.batch import Batch
 from attbalance_ext.grounding.errors import UserError
-from attbalance_ext.grounding.split import Batch
 
 Objective = Callable[[Batch], AttBalanceOutput]
 

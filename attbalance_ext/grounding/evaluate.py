@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from attbalance_ext import AttBalanceLoss, BoxRegion, QueryAttention, attention_map, attention_terms, spearman_rho
+from attbalance_ext.grounding.batch import Batch
+from attbalance_ext.grounding.distributed import ALONE, Ranks
 from attbalance_ext.grounding.models import GroundingModel
-from attbalance_ext.grounding.split import Batch, PreparedSplit
+from attbalance_ext.grounding.split import Split
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,16 @@ class Evaluation:
     """(L, n) attention of the object query inside the true box, for every fusion layer, supervised or not."""
     valid: Tensor
     """(n,) bool: False where the box covers no visual token."""
+
+    @classmethod
+    def joined(cls, parts: Sequence[Evaluation]) -> Evaluation:
+        """The samples of ``parts``, in order."""
+        return cls(
+            torch.cat([part.boxes for part in parts]),
+            torch.cat([part.iou for part in parts]),
+            torch.cat([part.in_box for part in parts], dim=1),
+            torch.cat([part.valid for part in parts]),
+        )
 
     def accuracy(self, threshold: float = 0.5) -> float:
         """Part of the samples with IoU >= ``threshold``."""
@@ -45,29 +57,42 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: GroundingModel, split: PreparedSplit, *, rule: str = "touch", backend: str = "auto", batch_size: int = 256
+    model: GroundingModel,
+    split: Split,
+    *,
+    rule: str = "touch",
+    backend: str = "auto",
+    samples: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
-    """Run ``model`` over ``split`` in evaluation mode; the model's mode is put back afterwards."""
+    """Run ``model`` over ``split`` in evaluation mode; the model's mode is put back afterwards.
+
+    Args:
+        samples: look at so many, evenly spaced; None: at all.
+        ranks: each process looks at a part, and every process gets the whole evaluation.
+    """
     criterion = AttBalanceLoss(backend=backend)
-    boxes, iou, in_box, valid = [], [], [], []
-    for batch, predicted, attention in _walk(model, split, split.batches(batch_size)):
+    chosen = torch.arange(len(split))
+    if samples is not None and samples < len(split):
+        chosen = torch.arange(samples) * len(split) // samples
+    share = ranks.share(chosen)
+    found = [Evaluation(torch.empty(0, 4), torch.empty(0), torch.empty(model.layers, 0), torch.empty(0).bool())]
+    for batch, predicted, attention in _walk(model, split, share.split(split.evaluation_batch) if len(share) else ()):
         terms = attention_terms(attention, BoxRegion(batch.boxes, model.grids, rule), backend=backend)
-        boxes.append(predicted)
-        iou.append(criterion(None, predicted, batch.boxes).iou)
-        in_box.append(terms.in_box)
-        valid.append(terms.valid)
-    return Evaluation(torch.cat(boxes).cpu(), torch.cat(iou).cpu(), torch.cat(in_box, 1).cpu(), torch.cat(valid).cpu())
+        iou = criterion(None, predicted, batch.boxes).iou
+        found.append(Evaluation(predicted.cpu(), iou.cpu(), terms.in_box.cpu(), terms.valid.cpu()))
+    return Evaluation.joined(ranks.gather(Evaluation.joined(found)))
 
 
 @torch.no_grad()
-def attention_pictures(model: GroundingModel, split: PreparedSplit, indices: Tensor) -> tuple[Tensor, Tensor]:
+def attention_pictures(model: GroundingModel, split: Split, indices: Tensor) -> tuple[Tensor, Tensor]:
     """The supervised map of every fusion layer (L, n, N) and the predicted boxes (n, 4) of some samples."""
     ((_, boxes, attention),) = _walk(model, split, [indices])
     return attention_map(attention).cpu(), boxes.cpu()
 
 
 def _walk(
-    model: GroundingModel, split: PreparedSplit, batches: list[Tensor]
+    model: GroundingModel, split: Split, batches: Sequence[Tensor]
 ) -> Iterator[tuple[Batch, Tensor, QueryAttention]]:
     """(batch, predicted boxes of the last stage, attention of every layer) for each batch of indices."""
     training = model.training

@@ -15,7 +15,7 @@ import torch
 
 from attbalance_ext.grounding.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the layout of a checkpoint changes; files of another format are refused."""
 
 

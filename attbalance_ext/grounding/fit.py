@@ -25,7 +25,8 @@ def fit(trainers: Mapping[str, Trainer]) -> None:
     at once, and the checkpoint before it stays whole.
     """
     try:
-        with progress_bars() as progress, _stop_requested() as stop:
+        main = all(trainer.ranks.main for trainer in trainers.values())
+        with progress_bars(show=main) as progress, _stop_requested() as stop:
             _take_turns(trainers, progress, stop)
     finally:
         for trainer in trainers.values():
@@ -44,7 +45,8 @@ def _take_turns(trainers: Mapping[str, Trainer], progress: Progress, stop: threa
                 trainer.advance()
                 progress.update(bars[name], completed=trainer.step, note=_note(trainer))
         turn.reverse()
-        if stop.is_set():
+        # All processes of a run stop after the same step, whoever was asked to.
+        if any(trainer.ranks.any(stop.is_set()) for trainer in trainers.values()):
             for trainer in trainers.values():
                 trainer.save()
             raise Interrupted

@@ -15,21 +15,21 @@ Record = dict[str, Any]
 class RunLog:
     """Averages steps into records without waiting for the device at every step."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, write: bool = True) -> None:
+        """``write``: whether TensorBoard gets the records too."""
         self.history: dict[str, list[Record]] = {"train": [], "validation": []}
         self._directory = directory
+        self._write = write
         self._pending: list[dict[str, Tensor]] = []
         self._writer: Any = None
 
     def add(self, values: dict[str, Tensor]) -> None:
-        """Take the values of one step: each is reduced to its mean over the samples, except ``rho`` (L,)."""
-        self._pending.append(
-            {name: value.detach() if name == "rho" else value.detach().mean() for name, value in values.items()}
-        )
+        """Take the values of one step: numbers, and ``rho`` (L,)."""
+        self._pending.append(values)
 
     def not_finite(self) -> list[str]:
         """Names of the values that were not finite in a step since the last record. Waits for the device."""
-        names = self._pending[0].keys() if self._pending else ()
+        names = dict.fromkeys(name for values in self._pending for name in values)
         return [name for name in names if not math.isfinite(self._mean(name).sum().item())]
 
     def close_window(self, step: int, **more: Any) -> Record:
@@ -73,7 +73,7 @@ class RunLog:
 
     def _tensorboard(self, step: int) -> Any:
         """The writer, opened at the first record; records of steps that a resumed run repeats are dropped."""
-        if self._writer is None:
+        if self._writer is None and self._write:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:

@@ -16,12 +16,16 @@ class DataOrder:
         self.batch_size = min(batch_size, samples)
         self.seed = seed
         self.steps_per_epoch = samples // self.batch_size
-        self._epoch = lru_cache(maxsize=1)(self._permutation)
+        self._permuted = lru_cache(maxsize=1)(self._permutation)
 
     def indices(self, step: int) -> Tensor:
         """(batch_size,) int64: the samples of a step, counted from 0."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        return self._epoch(epoch)[position * self.batch_size :][: self.batch_size]
+        position = step % self.steps_per_epoch
+        return self._permuted(self.epoch(step))[position * self.batch_size :][: self.batch_size]
+
+    def epoch(self, step: int) -> int:
+        """The epoch that a step belongs to, counted from 0."""
+        return step // self.steps_per_epoch
 
     def _permutation(self, epoch: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)

@@ -13,7 +13,7 @@ from rich.progress import (
 )
 
 
-def progress_bars() -> Progress:
+def progress_bars(*, show: bool = True) -> Progress:
     """Bars with a name, a count, the time gone and left, and a free ``note``; on stderr: results can be piped."""
     return Progress(
         TextColumn("{task.description}"),
@@ -24,4 +24,5 @@ def progress_bars() -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=Console(stderr=True),
+        disable=not show,
     )

@@ -13,14 +13,21 @@ import torch
 from attbalance_ext import available_backends
 from attbalance_ext.grounding import pretrain
 from attbalance_ext.grounding.compilation import require_compiler
-from attbalance_ext.grounding.data import GroundingDataset, Vocabulary, load_dataset
 from attbalance_ext.grounding.data.cache import cache_directory
+from attbalance_ext.grounding.data.tokenizers import Tokenizer, tokenizer_from_state
+from attbalance_ext.grounding.distributed import ALONE, Ranks
 from attbalance_ext.grounding.errors import UserError
 from attbalance_ext.grounding.files import load_checkpoint
-from attbalance_ext.grounding.models import GroundingModel, build_model
+from attbalance_ext.grounding.models import GroundingModel, build_model, design
+from attbalance_ext.grounding.order import DataOrder
 from attbalance_ext.grounding.settings import Settings
-from attbalance_ext.grounding.split import PreparedSplit
+from attbalance_ext.grounding.sources import make_tokenizer, open_pictures, open_split, pretraining_scenes
 from attbalance_ext.grounding.train import BEST, HISTORY, LAST, Trainer
+
+BERT_VOCABULARY = 30_522
+"""Embeddings that BERT has; a model whose text branch it is has no fewer."""
+WEIGHTS = ("vision_weights", "text_weights")
+"""Options of a model that say where its first weights come from: of no use once it has weights of its own."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +37,18 @@ class Run:
     directory: Path
     settings: Settings
     step: int
-    vocabulary: Vocabulary
+    tokenizer: Tokenizer
     model: GroundingModel
     history: dict[str, list[dict[str, Any]]]
 
 
 def start_run(
-    settings: Settings, directory: Path, *, cache: Path | None = None, like: Trainer | None = None
+    settings: Settings,
+    directory: Path,
+    *,
+    cache: Path | None = None,
+    like: Trainer | None = None,
+    ranks: Ranks = ALONE,
 ) -> Trainer:
     """Load data, build and pre-train the model, and give back a trainer at step 0.
 
@@ -44,29 +56,39 @@ def start_run(
     splits are shared instead of made again.
     """
     refuse_existing(directory)
-    _require_trainable(settings)
+    _require_trainable(settings, ranks)
     if like is not None:
-        model = _fresh_model(settings, like.split.vocabulary)
+        model = _fresh_model(settings, like.split.tokenizer)
         model.load_state_dict(like.model.state_dict())
         return Trainer(settings, model, like.split, like.validation, directory)
-    train = load_dataset(settings.data, "train", cache=cache, size=settings.size)
-    vocabulary = Vocabulary.build(train.sentences)
-    model = _fresh_model(settings, vocabulary)
-    encoder = _fresh_model(replace(settings, seed=pretrain.SEED), vocabulary).image_encoder
-    if settings.pretrain_steps and encoder is not None and model.image_encoder is not None:
-        folder = cache_directory(cache) / "encoders"
-        pretrain.load_pretrained(encoder, train, settings.pretrain_steps, torch.device(settings.device), folder)
-        model.image_encoder.load_state_dict(encoder.state_dict())
-    return _trainer(settings, model, vocabulary, train, directory, cache)
+    with ranks.main_first():  # what it generates or trains, the others find in the cache
+        train = open_pictures(settings, "train", cache=cache)
+        order = DataOrder(len(train), settings.batch_size, settings.seed)
+        settings = settings.with_steps_of(order.steps_per_epoch)
+        tokenizer = make_tokenizer(settings, train)
+        model = _fresh_model(settings, tokenizer)
+        if settings.pretrain_steps and model.image_encoder is not None:
+            encoder = _fresh_model(replace(settings, seed=pretrain.SEED), tokenizer).image_encoder
+            assert encoder is not None
+            scenes, folder = pretraining_scenes(settings, cache=cache), cache_directory(cache) / "encoders"
+            pretrain.load_pretrained(encoder, scenes, settings.pretrain_steps, torch.device(settings.device), folder)
+            model.image_encoder.load_state_dict(encoder.state_dict())
+    return _trainer(settings, model, tokenizer, directory, cache, ranks)
 
 
-def resume_run(directory: Path, *, cache: Path | None = None) -> Trainer:
-    """A trainer that goes on exactly where ``directory``'s last checkpoint ends."""
+def resume_run(
+    directory: Path, *, cache: Path | None = None, device: str | None = None, ranks: Ranks = ALONE
+) -> Trainer:
+    """A trainer that goes on exactly where ``directory``'s last checkpoint ends.
+
+    ``device``: another one than it began on. The number of processes may be another one too.
+    """
     state, settings = _read(directory / LAST)
-    _require_trainable(settings)
-    vocabulary, model = _trained_model(directory / LAST, state, settings)
-    train = load_dataset(settings.data, "train", cache=cache, size=settings.size)
-    trainer = _trainer(settings, model, vocabulary, train, directory, cache)
+    if device is not None:
+        settings = replace(settings, device=device)
+    _require_trainable(settings, ranks)
+    tokenizer, model = _trained_model(directory / LAST, state, settings)
+    trainer = _trainer(settings, model, tokenizer, directory, cache, ranks)
     trainer.load_state_dict(state)
     return trainer
 
@@ -81,13 +103,13 @@ def load_run(path: Path, *, device: str = "cpu") -> Run:
     state, settings = _read(path)
     settings = replace(settings, device=device)
     require_runnable(settings)
-    vocabulary, model = _trained_model(path, state, settings)
+    tokenizer, model = _trained_model(path, state, settings)
     history = directory / HISTORY
     return Run(
         directory=directory,
         settings=settings,
         step=state["step"],
-        vocabulary=vocabulary,
+        tokenizer=tokenizer,
         model=model.to(device).eval(),
         history=json.loads(history.read_text()) if history.exists() else state["log"]["history"],
     )
@@ -114,53 +136,54 @@ def require_runnable(settings: Settings) -> None:
         raise UserError(f"backend {backend!r} cannot run here: {'; '.join(reasons)}")
 
 
-def _require_trainable(settings: Settings) -> None:
+def _require_trainable(settings: Settings, ranks: Ranks) -> None:
     require_runnable(settings)
+    if ranks.world > 1 and ":" in settings.device:
+        raise UserError(f"each process of torchrun has a GPU of its own: --device cuda, not {settings.device}")
     if settings.compile:
+        if ranks.world > 1:
+            raise UserError("--compile trains in one process: DistributedDataParallel would break its graph")
         require_compiler(torch.device(settings.device))
 
 
 def _read(path: Path) -> tuple[dict[str, Any], Settings]:
     """A run's checkpoint and its settings; another kind of checkpoint is refused."""
     state = load_checkpoint(path)
-    missing = {"settings", "vocabulary", "model", "step", "log"} - state.keys()
+    missing = {"settings", "tokenizer", "model", "step", "log"} - state.keys()
     if missing:
         raise UserError(f"{path} is not a run's checkpoint: it has no {', '.join(sorted(missing))}")
     return state, Settings.from_dict(state["settings"])
 
 
-def _trained_model(path: Path, state: dict[str, Any], settings: Settings) -> tuple[Vocabulary, GroundingModel]:
-    vocabulary = Vocabulary(state["vocabulary"])
-    model = _fresh_model(settings, vocabulary)
+def _trained_model(path: Path, state: dict[str, Any], settings: Settings) -> tuple[Tokenizer, GroundingModel]:
+    tokenizer = tokenizer_from_state(state["tokenizer"])
+    options = {name: value for name, value in settings.model_options.items() if name not in WEIGHTS}
+    model = _fresh_model(replace(settings, model_options=options), tokenizer)
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:
         raise UserError(f"{path} does not hold the weights of a {settings.model}: {error}") from None
-    return vocabulary, model
+    return tokenizer, model
 
 
-def _fresh_model(settings: Settings, vocabulary: Vocabulary) -> GroundingModel:
+def _fresh_model(settings: Settings, tokenizer: Tokenizer) -> GroundingModel:
     torch.manual_seed(settings.seed)
-    return build_model(
-        settings.model, vocabulary_size=len(vocabulary), image_size=settings.size, **settings.model_options
-    )
+    words = max(len(tokenizer), BERT_VOCABULARY) if design(settings.model).bert else len(tokenizer)
+    return build_model(settings.model, vocabulary_size=words, image_size=settings.size, **settings.model_options)
 
 
 def _trainer(
     settings: Settings,
     model: GroundingModel,
-    vocabulary: Vocabulary,
-    train: GroundingDataset,
+    tokenizer: Tokenizer,
     directory: Path,
     cache: Path | None,
+    ranks: Ranks,
 ) -> Trainer:
-    device = torch.device(settings.device)
-    model.to(device)
-    validation = load_dataset(settings.data, "val", cache=cache, size=settings.size)
-    return Trainer(
-        settings,
-        model,
-        PreparedSplit(train, vocabulary, model, device),
-        PreparedSplit(validation, vocabulary, model, device),
-        directory,
-    )
+    model.to(settings.device)
+    with ranks.main_first():
+        train, validation = (
+            open_split(settings, split, tokenizer, model, cache=cache, training=split == "train")
+            for split in ("train", "val")
+        )
+    return Trainer(settings, model, train, validation, directory, ranks)

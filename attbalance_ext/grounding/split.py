@@ -1,55 +1,69 @@
-"""A data split made ready for a model: sentences encoded, frozen image features computed once per scene."""
+"""A data split as batches for one model: from memory, or read and transformed as they are needed."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from attbalance_ext.grounding.data import GroundingDataset, Vocabulary
+from attbalance_ext.grounding.batch import Batch
+from attbalance_ext.grounding.data import GroundingDataset
+from attbalance_ext.grounding.data.protocol import Pictures
+from attbalance_ext.grounding.data.tokenizers import Tokenizer
+from attbalance_ext.grounding.data.transforms import EvalTransform, TrainTransform, View
 from attbalance_ext.grounding.models import GroundingModel
 
-
-@dataclass(frozen=True)
-class Batch:
-    """What one step needs, on the device."""
-
-    images: Tensor
-    """What the model's ``prepare`` made of the images."""
-    padding: Tensor | None
-    """(B, S, S) bool, True where the canvas shows no image; None: nowhere."""
-    words: Tensor
-    """(B, T) int64."""
-    word_padding: Tensor
-    """(B, T) bool, True = ignore; T is the longest sentence of this batch."""
-    boxes: Tensor
-    """(B, 4) cxcywh in [0, 1]."""
-    box_ratio: Tensor
-    """(B,) box area / image area."""
-
-    @property
-    def inputs(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """The model's arguments."""
-        return self.images, self.padding, self.words, self.word_padding
+Key = tuple[int, int | None]
+"""A sample and the epoch that draws its augmentation; None: none."""
 
 
-class PreparedSplit:
-    """Sentences, boxes and prepared images of one split.
+class Split(ABC):
+    """Sentences about images, made ready for a model."""
 
-    The model's ``prepare`` runs once per scene, in chunks of fixed size, so that every run over the same split
-    and weights sees the same bits.
+    evaluation_batch: int
+    """Samples of a batch where nothing is kept for a backward pass."""
+
+    def __init__(self, pictures: Pictures, tokenizer: Tokenizer, device: torch.device) -> None:
+        self.pictures = pictures
+        self.tokenizer = tokenizer
+        self.device = device
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    @abstractmethod
+    def batch(self, indices: Tensor) -> Batch:
+        """The samples ``indices`` (B,) int64 as they are, on the device, padded to the longest sentence among them."""
+
+    @abstractmethod
+    def stream(self, plan: Iterable[tuple[Tensor, int]]) -> Iterator[Batch]:
+        """A batch for each (indices, epoch) of ``plan``, which may be endless; augmented where the split does that."""
+
+    @abstractmethod
+    def view(self, index: int) -> View:
+        """A sample as the model sees it, for pictures."""
+
+
+class PreparedSplit(Split):
+    """Everything in memory, and the frozen part of the model done once per scene.
+
+    The model's ``prepare`` runs in chunks of fixed size, so that every run over the same split and weights sees the
+    same bits.
     """
 
-    chunk = 256
+    chunk = evaluation_batch = 256
 
     def __init__(
-        self, dataset: GroundingDataset, vocabulary: Vocabulary, model: GroundingModel, device: torch.device
+        self, dataset: GroundingDataset, tokenizer: Tokenizer, model: GroundingModel, device: torch.device
     ) -> None:
+        super().__init__(dataset, tokenizer, device)
         self.dataset = dataset
-        self.vocabulary = vocabulary
-        self.device = device
-        self.words, self.word_padding = vocabulary.encode(dataset.sentences, model.max_words)
+        self.words, self.word_padding = tokenizer.encode(dataset.sentences, model.max_words)
         self.boxes = dataset.boxes.float()
         self.box_ratio = dataset.box_ratio.float()
         self.scene_index = dataset.scene_index
@@ -57,22 +71,114 @@ class PreparedSplit:
             [model.prepare(images.to(device)).cpu() for images in dataset.images.split(self.chunk)]
         )
 
-    def __len__(self) -> int:
-        return len(self.dataset.sentences)
+    def batch(self, indices: Tensor) -> Batch:
+        padding = self.word_padding[indices]
+        longest = max(int((~padding).sum(1).max()), 1)
+        return Batch(
+            images=self.prepared[self.scene_index[indices]],
+            padding=None,
+            words=self.words[indices, :longest],
+            word_padding=padding[:, :longest],
+            boxes=self.boxes[indices],
+            box_ratio=self.box_ratio[indices],
+        ).to(self.device)
+
+    def stream(self, plan: Iterable[tuple[Tensor, int]]) -> Iterator[Batch]:
+        for indices, _ in plan:
+            yield self.batch(indices)
+
+    def view(self, index: int) -> View:
+        image = self.dataset.images[self.scene_index[index]]
+        nowhere = torch.zeros(image.shape[1:], dtype=torch.bool)
+        ratio = float(self.box_ratio[index])
+        return View(image, nowhere, self.boxes[index], ratio, self.dataset.sentences[index], (1.0, 0.0, 0.0))
+
+
+class StreamedSplit(Split):
+    """Images are read, augmented and fitted into the canvas when a batch needs them, by ``workers`` processes.
+
+    What is drawn at random for a sample follows from (seed, epoch, sample), so neither the number of workers nor an
+    interruption changes a batch.
+    """
+
+    evaluation_batch = 32
+
+    def __init__(
+        self,
+        pictures: Pictures,
+        tokenizer: Tokenizer,
+        model: GroundingModel,
+        device: torch.device,
+        *,
+        augment: TrainTransform | None = None,
+        seed: int = 0,
+        workers: int = 0,
+    ) -> None:
+        super().__init__(pictures, tokenizer, device)
+        self.views = Views(pictures, model.canvas, augment, seed)
+        self.max_words = model.max_words
+        self.prepare = model.prepare
+        self.workers = workers
 
     def batch(self, indices: Tensor) -> Batch:
-        """The samples ``indices`` (B,) int64, padded to the longest sentence among them."""
-        padding = self.word_padding[indices]
-        longest = int((~padding).sum(1).max())
+        return self._finish(self.collate([self.views[index, None] for index in indices.tolist()]))
+
+    def stream(self, plan: Iterable[tuple[Tensor, int]]) -> Iterator[Batch]:
+        loader = DataLoader(
+            self.views,
+            batch_sampler=_Keys(plan),
+            collate_fn=self.collate,
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        yield from map(self._finish, loader)
+
+    def view(self, index: int) -> View:
+        return self.views[index, None]
+
+    def collate(self, views: Sequence[View]) -> Batch:
+        """Samples as one batch, on the CPU, the images as they are."""
+        words, word_padding = self.tokenizer.encode([view.sentence for view in views], self.max_words)
         return Batch(
-            images=self.prepared[self.scene_index[indices]].to(self.device),
-            padding=None,
-            words=self.words[indices, :longest].to(self.device),
-            word_padding=padding[:, :longest].to(self.device),
-            boxes=self.boxes[indices].to(self.device),
-            box_ratio=self.box_ratio[indices].to(self.device),
+            images=torch.stack([view.image for view in views]),
+            padding=torch.stack([view.padding for view in views]),
+            words=words,
+            word_padding=word_padding,
+            boxes=torch.stack([view.box for view in views]),
+            box_ratio=torch.tensor([view.box_ratio for view in views]),
         )
 
-    def batches(self, batch_size: int) -> list[Tensor]:
-        """Indices of the whole split, in order."""
-        return list(torch.arange(len(self)).split(batch_size))
+    def _finish(self, batch: Batch) -> Batch:
+        batch = batch.to(self.device)
+        return replace(batch, images=self.prepare(batch.images))
+
+
+class Views(Dataset[View]):
+    """Samples by (index, epoch)."""
+
+    def __init__(self, pictures: Pictures, canvas: int, augment: TrainTransform | None, seed: int) -> None:
+        self.pictures = pictures
+        self.plain = EvalTransform(canvas)
+        self.augment = augment
+        self.seed = seed
+
+    def __getitem__(self, key: Key) -> View:
+        index, epoch = key
+        transform = self.plain if self.augment is None or epoch is None else self.augment
+        return transform(
+            self.pictures.pixels(index),
+            self.pictures.box(index),
+            self.pictures.sentences[index],
+            random.Random(f"{self.seed} {epoch} {index}"),
+        )
+
+
+class _Keys:
+    """Batches of keys, as DataLoader takes them."""
+
+    def __init__(self, plan: Iterable[tuple[Tensor, int]]) -> None:
+        self.plan = plan
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for indices, epoch in self.plan:
+            yield [(index, epoch) for index in indices.tolist()]

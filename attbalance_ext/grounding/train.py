@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from attbalance_ext import (
     AttBalanceLoss,
@@ -18,16 +22,19 @@ from attbalance_ext import (
     MomentumTeacher,
     attention_terms,
 )
+from attbalance_ext.grounding.batch import Batch
 from attbalance_ext.grounding.clock import StepClock
 from attbalance_ext.grounding.compilation import Objective, compiled
-from attbalance_ext.grounding.errors import TrainingFailed
+from attbalance_ext.grounding.distributed import ALONE, Ranks
+from attbalance_ext.grounding.errors import TrainingFailed, UserError
 from attbalance_ext.grounding.evaluate import evaluate
 from attbalance_ext.grounding.files import save_checkpoint, write_json
 from attbalance_ext.grounding.log import RunLog
 from attbalance_ext.grounding.models import GroundingModel
+from attbalance_ext.grounding.optimization import frozen_parts, learning_rate_schedule, make_optimizer
 from attbalance_ext.grounding.order import DataOrder
 from attbalance_ext.grounding.settings import Settings
-from attbalance_ext.grounding.split import Batch, PreparedSplit
+from attbalance_ext.grounding.split import Split
 
 LAST, BEST, SETTINGS, HISTORY = "last.pt", "best.pt", "settings.json", "history.json"
 
@@ -36,9 +43,12 @@ class Trainer:
     """Trains one model, with or without AttBalance.
 
     A step is a function of the settings, the state in the checkpoint and the step's number: the data order and
-    the random numbers (dropout) follow from (seed, step). So a resumed run goes on with the same bits on a CPU,
-    several trainers can take turns in one process, and a plain run and an AttBalance run of one seed see the same
-    batches and the same dropout.
+    the random numbers (dropout, augmentation) follow from (seed, step). So a resumed run goes on with the same bits on
+    a CPU, several trainers can take turns in one process, and a plain run and an AttBalance run of one seed see the
+    same batches and the same dropout.
+
+    Of several processes each has a part of every batch; what they log and decide is the same in all, and the main one
+    writes.
     """
 
     log_every = 10
@@ -47,23 +57,25 @@ class Trainer:
         self,
         settings: Settings,
         model: GroundingModel,
-        train: PreparedSplit,
-        validation: PreparedSplit,
+        train: Split,
+        validation: Split,
         directory: Path,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.settings = settings
         self.directory = directory
+        self.ranks = ranks
         self.split, self.validation = train, validation
         self.device = torch.device(settings.device)
         self.model = model.to(self.device).train()
         self.order = DataOrder(len(train), settings.batch_size, settings.seed)
+        _require_even_parts(self.order.batch_size, settings.accumulate, ranks)
         self.criterion = AttBalanceLoss(settings.loss, backend=settings.backend).to(self.device)
+        self.optimizer = make_optimizer(model, settings)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
-        )
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, _warmup_cosine(settings))
-        self.log = RunLog(directory)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, learning_rate_schedule(settings))
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
+        self.log = RunLog(directory, write=ranks.main)
         self.clock = StepClock(self.device)
         self.step = 0
         self.best_step = 0
@@ -74,7 +86,10 @@ class Trainer:
         if settings.terms_steps > 0:
             self.tap = self.model.make_tap()
             self.teacher = MomentumTeacher(self.model, methodcaller("make_tap"), settings.momentum)
+        self.network: nn.Module = self.model
         self.objective: Objective = compiled(self._objective) if settings.compile else self._objective
+        self._frozen: frozenset[str] | None = None
+        self._batches: Iterator[Batch] | None = None
 
     @property
     def finished(self) -> bool:
@@ -84,50 +99,100 @@ class Trainer:
         return out_of_patience or self.step >= self.settings.steps
 
     def advance(self) -> None:
-        """One step, and what is due after it: a record, a validation, checkpoints."""
-        if self.step >= self.settings.terms_steps:
+        """One step, and what is due after it: a record, a validation, checkpoints. Collective, like :meth:`save`."""
+        settings = self.settings
+        if self.step >= settings.terms_steps:
             self._end_supervision()
+        self._freeze(frozen_parts(settings, self.step))
         self.clock.start()
         self._train_step()
         self.clock.stop()
         self.step += 1
-        last = self.step == self.settings.steps
+        last = self.step == settings.steps
         if self.step % self.log_every == 0 or last:
             self._require_finite()
             self.log.close_window(
                 self.step, learning_rate=self.scheduler.get_last_lr()[0], step_ms=self.clock.median_ms()
             )
-        if self.step % self.settings.validate_every == 0 or last:
+        validate = self.step % settings.validate_every == 0 or last
+        if validate:
             self._validate()
+        if last or (validate if settings.checkpoint_every is None else self.step % settings.checkpoint_every == 0):
             self.save()
 
     def _train_step(self) -> None:
-        torch.manual_seed(self.settings.seed * 1_000_003 + self.step)
-        output = self.objective(self.split.batch(self.order.indices(self.step)))
+        torch.manual_seed(self.settings.seed * 1_000_003 + self.step + 7_368_787 * self.ranks.rank)
+        if self._batches is None:
+            self._batches = self.split.stream(self._plan())
         self.optimizer.zero_grad(set_to_none=True)
-        output.loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
-        self.optimizer.step()
+        parts = self.settings.accumulate
+        values = [self._accumulate(next(self._batches), 1 / parts, last=part == parts - 1) for part in range(parts)]
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.clip or math.inf)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.scheduler.step()
+        step = {name: torch.stack([value[name] for value in values]).mean(0) for name in values[0]}
+        if self.scaler.is_enabled():  # a step whose gradient overflowed was left out; that is no failure
+            step["skipped"] = (~norm.isfinite()).to(norm.dtype)
+            norm = norm.nan_to_num(0.0, 0.0, 0.0)
+        self.log.add({"gradient_norm": norm.detach(), **self.ranks.mean(step)})
+
+    def _accumulate(self, batch: Batch, share: float, *, last: bool) -> dict[str, Tensor]:
+        """Forward and backward pass of a part of the step's batch; what the log is told of it."""
+        network = self.network
+        # Gradients are averaged over the processes once, in the last part's backward pass.
+        with network.no_sync() if not last and isinstance(network, DistributedDataParallel) else nullcontext():
+            output = self.objective(batch)
+            self.scaler.scale(output.loss * share).backward()  # type: ignore[no-untyped-call]
         names = ["loss", "box", "iou"]
         if self.tap is not None:
             names += ["attention", "rac", "mrc", "adw", "odw", "rho"]
-        self.log.add({"gradient_norm": norm, **{name: getattr(output, name) for name in names}})
+        values = {name: getattr(output, name).detach() for name in names}
+        return {name: value if name == "rho" else value.mean() for name, value in values.items()}
 
     def _objective(self, batch: Batch) -> AttBalanceOutput:
         """From a batch to its loss: what is compiled."""
         if self.tap is None or self.teacher is None:
-            return self.criterion(None, self.model(*batch.inputs), batch.boxes, box_ratio=batch.box_ratio)
+            with self._autocast():
+                boxes = self.network(*batch.inputs)
+            return self.criterion(None, boxes.float(), batch.boxes, box_ratio=batch.box_ratio)
         self.teacher.update(self.model)
-        with self.tap.recording():
-            boxes = self.model(*batch.inputs)
+        with self._autocast():
+            with self.tap.recording():
+                boxes = self.network(*batch.inputs)
+            teacher = self.teacher.attention(*batch.inputs, attention_only=True)
         terms = attention_terms(
             self.tap.attention(),
             BoxRegion(batch.boxes, self.model.grids, self.settings.rule),
-            teacher=self.teacher.attention(*batch.inputs, attention_only=True),
+            teacher=teacher,
             backend=self.settings.backend,
         )
-        return self.criterion(terms, boxes, batch.boxes, box_ratio=batch.box_ratio)
+        return self.criterion(terms, boxes.float(), batch.boxes, box_ratio=batch.box_ratio)
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        if self.settings.precision == "fp32":
+            return nullcontext()
+        dtype = torch.bfloat16 if self.settings.precision == "bf16" else torch.float16
+        return torch.autocast(self.device.type, dtype)
+
+    def _plan(self) -> Iterator[tuple[Tensor, int]]:
+        """This process's parts of every batch from the current step on, and their epochs."""
+        for step in itertools.count(self.step):
+            share = self.ranks.share(self.order.indices(step))
+            for part in share.tensor_split(self.settings.accumulate):
+                yield part, self.order.epoch(step)
+
+    def _freeze(self, parts: frozenset[str]) -> None:
+        """Let just the other parts train. What averages gradients is made anew: it knows who has one."""
+        if parts == self._frozen:
+            return
+        self._frozen = parts
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.requires_grad_(group["name"] not in parts)
+        if self.ranks.world > 1:
+            self.network = DistributedDataParallel(self.model)
 
     def _end_supervision(self) -> None:
         """Take the tap and the teacher down: from here a step costs what a plain step costs."""
@@ -137,7 +202,14 @@ class Trainer:
 
     def _validate(self) -> None:
         settings = self.settings
-        metrics = evaluate(self.model, self.validation, rule=settings.rule, backend=settings.backend).metrics()
+        metrics = evaluate(
+            self.model,
+            self.validation,
+            rule=settings.rule,
+            backend=settings.backend,
+            samples=settings.validation_samples,
+            ranks=self.ranks,
+        ).metrics()
         self.log.validation(self.step, metrics)
         if metrics["acc50"] > self.best_accuracy:
             self.best_step, self.best_accuracy = self.step, metrics["acc50"]
@@ -163,21 +235,23 @@ class Trainer:
         """
         self._require_finite()
         path = self.directory / name
-        save_checkpoint(path, self.state_dict())
-        write_json(self.directory / SETTINGS, self.settings.to_dict())
-        write_json(self.directory / HISTORY, self.log.history)
+        if self.ranks.main:
+            save_checkpoint(path, self.state_dict())
+            write_json(self.directory / SETTINGS, self.settings.to_dict())
+            write_json(self.directory / HISTORY, self.log.history)
         return path
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain types: everything the rest of the run depends on."""
         return {
             "settings": self.settings.to_dict(),
-            "vocabulary": self.split.vocabulary.words,
+            "tokenizer": self.split.tokenizer.state(),
             "model": self.model.state_dict(),
             "teacher": self.teacher.state_dict() if self.teacher is not None else None,
             "criterion": self.criterion.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "log": self.log.state_dict(),
             "step": self.step,
             "best_step": self.best_step,
@@ -193,20 +267,18 @@ class Trainer:
         self.criterion.load_state_dict(state["criterion"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
         self.log.load_state_dict(state["log"])
         for name in ("step", "best_step", "best_accuracy", "validations_without_gain"):
             setattr(self, name, state[name])
+        self._batches = None
         if state["teacher"] is None:
             self._end_supervision()
 
 
-def _warmup_cosine(settings: Settings) -> Callable[[int], float]:
-    """Linear warm-up, then half a cosine down to zero at the last step."""
-
-    def factor(step: int) -> float:
-        if step < settings.warmup_steps:
-            return (step + 1) / settings.warmup_steps
-        progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
-        return 0.5 * (1.0 + math.cos(math.pi * progress))
-
-    return factor
+def _require_even_parts(batch_size: int, accumulate: int, ranks: Ranks) -> None:
+    """Unequal parts would weigh samples unequally."""
+    if batch_size % (ranks.world * accumulate):
+        raise UserError(
+            f"batch_size must be divisible by processes x accumulate, got {batch_size} for {ranks.world} x {accumulate}"
+        )

@@ -10,8 +10,8 @@ from helpers_compile import assert_same_curve, graphs
 from torch import Tensor
 
 from attbalance_ext import AttBalanceOutput
+from attbalance_ext.grounding.batch import Batch
 from attbalance_ext.grounding.compilation import compiled
-from attbalance_ext.grounding.split import Batch
 from attbalance_ext.grounding.train import Trainer
 
 Start = Callable[..., Trainer]
@@ -28,6 +28,9 @@ class ChangingSizes:
     def indices(self, step: int) -> Tensor:
         generator = torch.Generator().manual_seed(step)
         return torch.randperm(self.samples, generator=generator)[: SIZES[step % len(SIZES)]]
+
+    def epoch(self, step: int) -> int:
+        return 0
 
 
 def losses(trainer: Trainer, steps: int) -> list[float]:

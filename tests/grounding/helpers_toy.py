@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from attbalance_ext.grounding.data import Vocabulary
+from attbalance_ext.grounding.data.tokenizers import WordTokenizer
 from attbalance_ext.grounding.models import build_model
 from attbalance_ext.grounding.settings import Settings
 from attbalance_ext.grounding.split import PreparedSplit
@@ -36,6 +37,9 @@ class ToyDataset:
         self.box_ratio = self.boxes[:, 2] * self.boxes[:, 3]
         self.scene_index = torch.arange(scenes).repeat_interleave(2)
 
+    def __len__(self) -> int:
+        return len(self.sentences)
+
 
 def toy_settings(**changes: Any) -> Settings:
     small = {"dim": 32, "heads": 2, "hidden": 32, "layers": 3, "supervised": [1, 2], "max_words": 6, "dropout": 0.1}
@@ -55,10 +59,10 @@ def toy_trainer(directory: Path, *, scenes: int = 16, **changes: Any) -> Trainer
     """A trainer on the toy problem, which validates on its training data."""
     settings = toy_settings(**changes)
     dataset = ToyDataset(scenes)
-    vocabulary = Vocabulary.build(dataset.sentences)
+    tokenizer = WordTokenizer(Vocabulary.build(dataset.sentences))
     torch.manual_seed(settings.seed)
-    model = build_model(settings.model, vocabulary_size=len(vocabulary), image_size=32, **settings.model_options)
-    split = PreparedSplit(dataset, vocabulary, model, torch.device("cpu"))
+    model = build_model(settings.model, vocabulary_size=len(tokenizer), image_size=32, **settings.model_options)
+    split = PreparedSplit(dataset, tokenizer, model, torch.device("cpu"))
     return Trainer(settings, model, split, split, directory)
 
 

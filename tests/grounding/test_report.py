@@ -16,13 +16,17 @@ from helpers_toy import ToyDataset, finish, toy_trainer
 from PIL import Image
 
 from attbalance_ext.grounding.data import Vocabulary
+from attbalance_ext.grounding.data.tokenizers import Tokenizer, WordTokenizer
 from attbalance_ext.grounding.errors import UserError
 from attbalance_ext.grounding.evaluate import evaluate
+from attbalance_ext.grounding.models import GroundingModel
 from attbalance_ext.grounding.report import page
 from attbalance_ext.grounding.report.charts import MAX_POINTS, WIDE, Line, line_chart
 from attbalance_ext.grounding.report.pictures import picture_groups
 from attbalance_ext.grounding.report.summary import settings_table, summarize
 from attbalance_ext.grounding.runs import Run, load_run
+from attbalance_ext.grounding.settings import Settings
+from attbalance_ext.grounding.split import PreparedSplit
 from attbalance_ext.grounding.train import Trainer
 
 
@@ -59,9 +63,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
     return [load_run(folder / "plain"), load_run(folder / "full")]
 
 
+def toy_split(scenes: int) -> Callable[..., PreparedSplit]:
+    """What stands for ``open_split``."""
+
+    def split(settings: Settings, name: str, tokenizer: Tokenizer, model: GroundingModel, **_: object) -> PreparedSplit:
+        return PreparedSplit(ToyDataset(scenes), tokenizer, model, torch.device("cpu"))
+
+    return split
+
+
 @pytest.fixture
 def written(runs: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(page, "load_dataset", lambda *_, **__: ToyDataset(scenes=12))
+    monkeypatch.setattr(page, "open_split", toy_split(scenes=12))
     page.write_report(runs, tmp_path / "report.html", versions={"torch": "9.9"}, per_group=2)
     return (tmp_path / "report.html").read_text()
 
@@ -137,7 +150,7 @@ def test_runs_over_different_data_are_refused(runs: list[Run], tmp_path: Path) -
 
 
 def test_names_are_escaped(runs: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page, "load_dataset", lambda *_, **__: ToyDataset(scenes=2))
+    monkeypatch.setattr(page, "open_split", toy_split(scenes=2))
     hostile = replace(runs[0], directory=tmp_path / "<script>alert(1)<")
     page.write_report([hostile], tmp_path / "x.html", versions={})
     assert "<script" not in (tmp_path / "x.html").read_text()
@@ -158,7 +171,8 @@ def test_charts_keep_their_points_inside_and_skip_what_is_not_a_number() -> None
     assert "no records" in line_chart([Line("a", 0, [], [])], label="empty")
 
 
-def test_vocabulary_of_a_run_is_its_own(runs: list[Run]) -> None:
-    assert runs[0].vocabulary.words == Vocabulary.build(ToyDataset(scenes=16).sentences).words
+def test_tokenizer_of_a_run_is_its_own(runs: list[Run]) -> None:
+    words = WordTokenizer(Vocabulary.build(ToyDataset(scenes=16).sentences))
+    assert runs[0].tokenizer.state() == words.state()
     assert not runs[0].model.training
     assert torch.is_tensor(next(runs[0].model.parameters()))

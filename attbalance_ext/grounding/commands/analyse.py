@@ -11,11 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from attbalance_ext.grounding.commands.train import CacheOption
-from attbalance_ext.grounding.data import load_dataset
-from attbalance_ext.grounding.errors import UserError
 from attbalance_ext.grounding.evaluate import Evaluation, evaluate
 from attbalance_ext.grounding.runs import Run, load_run
-from attbalance_ext.grounding.split import PreparedSplit
+from attbalance_ext.grounding.sources import open_split
 from attbalance_ext.info import environment
 
 RunArgument = Annotated[
@@ -116,9 +114,5 @@ def report(
 
 def _evaluate(run: Run, split: str, cache: Path | None) -> Evaluation:
     settings = run.settings
-    dataset = load_dataset(settings.data, split, cache=cache, size=settings.size)
-    if not len(dataset.sentences):
-        raise UserError(f"{settings.data} {split} has no sentences")
-    device = next(run.model.parameters()).device
-    prepared = PreparedSplit(dataset, run.vocabulary, run.model, device)
-    return evaluate(run.model, prepared, rule=settings.rule, backend=settings.backend)
+    data = open_split(settings, split, run.tokenizer, run.model, cache=cache)
+    return evaluate(run.model, data, rule=settings.rule, backend=settings.backend)

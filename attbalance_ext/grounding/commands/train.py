@@ -9,16 +9,21 @@ import typer
 from rich.console import Console
 
 from attbalance_ext import AttBalanceConfig
+from attbalance_ext.grounding.distributed import ranks_of_this_run
 from attbalance_ext.grounding.errors import UserError
 from attbalance_ext.grounding.fit import Interrupted, fit
-from attbalance_ext.grounding.runs import resume_run, start_run
+from attbalance_ext.grounding.memory import peak_memory
+from attbalance_ext.grounding.models import MODELS
+from attbalance_ext.grounding.runs import WEIGHTS, resume_run, start_run
 from attbalance_ext.grounding.settings import Settings
 from attbalance_ext.grounding.train import BEST, LAST, Trainer
 
 DEFAULT = Settings()
 LOSS = AttBalanceConfig()
 
-_RUN, _DATA, _TRAINING, _ATTBALANCE = "Run", "Model and data", "Training", "AttBalance"
+_RUN, _MODEL, _DATA, _TRAINING, _ATTBALANCE = "Run", "Model", "Data", "Training", "AttBalance"
+_RENAMED = {"lr": "learning_rate", "vision_lr": "vision_rate", "text_lr": "text_rate", "frozen_part": "frozen_parts"}
+_OF_THE_COMMAND = ("out", "resume", "cache", "model")
 
 CacheOption = Annotated[
     Path | None,
@@ -39,7 +44,7 @@ def train(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.", rich_help_panel=_RUN)] = DEFAULT.device,
     seed: Annotated[
-        int, typer.Option(help="Of initial weights, data order and dropout.", rich_help_panel=_RUN)
+        int, typer.Option(help="Of initial weights, data order, augmentation and dropout.", rich_help_panel=_RUN)
     ] = DEFAULT.seed,
     compile: Annotated[
         bool,
@@ -50,39 +55,119 @@ def train(
         ),
     ] = DEFAULT.compile,
     cache: CacheOption = None,
-    model: Annotated[str, typer.Option(help="Name of the model.", rich_help_panel=_DATA)] = DEFAULT.model,
-    data: Annotated[
-        str, typer.Option(help="Name of the data set; see 'attbalance data list'.", rich_help_panel=_DATA)
-    ] = DEFAULT.data,
-    size: Annotated[int, typer.Option(help="Side of the image in pixels.", rich_help_panel=_DATA)] = DEFAULT.size,
-    pretrain_steps: Annotated[
-        int,
-        typer.Option(help="Language-free steps for the frozen image encoder (cached).", rich_help_panel=_DATA),
-    ] = DEFAULT.pretrain_steps,
-    steps: Annotated[int, typer.Option(min=1, rich_help_panel=_TRAINING)] = DEFAULT.steps,
-    batch_size: Annotated[int, typer.Option(min=1, rich_help_panel=_TRAINING)] = DEFAULT.batch_size,
-    lr: Annotated[
-        float, typer.Option(min=0, help="Peak learning rate of AdamW.", rich_help_panel=_TRAINING)
-    ] = DEFAULT.learning_rate,
-    weight_decay: Annotated[float, typer.Option(min=0, rich_help_panel=_TRAINING)] = DEFAULT.weight_decay,
-    warmup_steps: Annotated[
-        int, typer.Option(min=0, help="Linear warm-up before the cosine.", rich_help_panel=_TRAINING)
-    ] = DEFAULT.warmup_steps,
-    clip: Annotated[
-        float, typer.Option(min=0, help="Largest norm of the gradient.", rich_help_panel=_TRAINING)
-    ] = DEFAULT.clip,
     validate_every: Annotated[
-        int, typer.Option(min=1, help="Steps between validations and checkpoints.", rich_help_panel=_TRAINING)
+        int, typer.Option(min=1, help="Steps between validations.", rich_help_panel=_RUN)
     ] = DEFAULT.validate_every,
+    validation_samples: Annotated[
+        int | None, typer.Option(min=1, help="Validate on so many sentences; default: all.", rich_help_panel=_RUN)
+    ] = DEFAULT.validation_samples,
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps between checkpoints; default: after each validation.", rich_help_panel=_RUN),
+    ] = DEFAULT.checkpoint_every,
     early_stop: Annotated[
         int | None,
         typer.Option(
             min=1,
             metavar="PATIENCE",
             help="Stop after so many validations without a better accuracy.",
-            rich_help_panel=_TRAINING,
+            rich_help_panel=_RUN,
         ),
+    ] = DEFAULT.early_stop,
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.", rich_help_panel=_MODEL)] = DEFAULT.model,
+    vision_weights: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub id of pretrained image weights (DETR, Swin).", rich_help_panel=_MODEL),
     ] = None,
+    text_weights: Annotated[
+        str | None, typer.Option(help="Folder or hub id of pretrained BERT weights.", rich_help_panel=_MODEL)
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or hub id of a Hugging Face tokenizer; default: the words of the training sentences.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = DEFAULT.tokenizer,
+    pretrain_steps: Annotated[
+        int,
+        typer.Option(
+            help="Language-free steps for a tiny model's frozen image encoder (cached).", rich_help_panel=_MODEL
+        ),
+    ] = DEFAULT.pretrain_steps,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Built-in data ('attbalance data list'), or with --data-root: unc, unc+, gref, gref_umd, referit, "
+            "flickr, refcoco, ..., or your own ('attbalance data check ROOT').",
+            rich_help_panel=_DATA,
+        ),
+    ] = DEFAULT.data,
+    data_root: Annotated[
+        str | None, typer.Option(help="Folder of annotation files and images.", rich_help_panel=_DATA)
+    ] = DEFAULT.data_root,
+    wrong_boxes: Annotated[
+        str,
+        typer.Option(help="Boxes outside the image, inverted or empty: skip, repair, error.", rich_help_panel=_DATA),
+    ] = DEFAULT.wrong_boxes,
+    size: Annotated[
+        int, typer.Option(help="Side of the square canvas in pixels.", rich_help_panel=_DATA)
+    ] = DEFAULT.size,
+    augment: Annotated[
+        bool, typer.Option("--augment/--no-augment", help="Random resize, crop, colours, flip.", rich_help_panel=_DATA)
+    ] = DEFAULT.augment,
+    flip: Annotated[
+        bool,
+        typer.Option("--flip/--no-flip", help="With --augment: flips, left and right swapped.", rich_help_panel=_DATA),
+    ] = DEFAULT.flip,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes that read and transform images.", rich_help_panel=_DATA)
+    ] = DEFAULT.workers,
+    steps: Annotated[int, typer.Option(min=1, rich_help_panel=_TRAINING)] = DEFAULT.steps,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Instead of --steps.", rich_help_panel=_TRAINING)
+    ] = DEFAULT.epochs,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Of one step, over all processes.", rich_help_panel=_TRAINING)
+    ] = DEFAULT.batch_size,
+    accumulate: Annotated[
+        int,
+        typer.Option(min=1, help="Parts that a process cuts its share of a batch into.", rich_help_panel=_TRAINING),
+    ] = DEFAULT.accumulate,
+    lr: Annotated[
+        float, typer.Option(min=0, help="Peak learning rate of AdamW.", rich_help_panel=_TRAINING)
+    ] = DEFAULT.learning_rate,
+    vision_lr: Annotated[
+        float | None,
+        typer.Option(min=0, help="Of the image branch; 0 freezes it, default: --lr.", rich_help_panel=_TRAINING),
+    ] = DEFAULT.vision_rate,
+    text_lr: Annotated[
+        float | None,
+        typer.Option(min=0, help="Of the text branch; 0 freezes it, default: --lr.", rich_help_panel=_TRAINING),
+    ] = DEFAULT.text_rate,
+    weight_decay: Annotated[float, typer.Option(min=0, rich_help_panel=_TRAINING)] = DEFAULT.weight_decay,
+    warmup_steps: Annotated[
+        int, typer.Option(min=0, help="Linear warm-up.", rich_help_panel=_TRAINING)
+    ] = DEFAULT.warmup_steps,
+    schedule: Annotated[
+        str, typer.Option(help="cosine to zero, or step: a tenth after --drop-fraction.", rich_help_panel=_TRAINING)
+    ] = DEFAULT.schedule,
+    drop_fraction: Annotated[
+        float, typer.Option(min=0, max=1, help="Of the steps, for --schedule step.", rich_help_panel=_TRAINING)
+    ] = DEFAULT.drop_fraction,
+    frozen_part: Annotated[
+        list[str] | None,
+        typer.Option(help="Part that trains late: vision, text, fusion. May be repeated.", rich_help_panel=_TRAINING),
+    ] = None,
+    frozen_fraction: Annotated[
+        float, typer.Option(min=0, max=1, help="First part of the steps without them.", rich_help_panel=_TRAINING)
+    ] = DEFAULT.frozen_fraction,
+    clip: Annotated[
+        float | None, typer.Option(min=0, help="Largest norm of the gradient.", rich_help_panel=_TRAINING)
+    ] = DEFAULT.clip,
+    precision: Annotated[
+        str, typer.Option(help="fp32, or autocast to bf16 or fp16.", rich_help_panel=_TRAINING)
+    ] = DEFAULT.precision,
     attbalance: Annotated[
         bool,
         typer.Option(
@@ -143,6 +228,7 @@ def train(
 ) -> None:
     """Train a grounding model.
 
+    Defaults are those of transvg-tiny; the other models bring their papers' own, which settings.json shows.
     Each run is a folder: last.pt and best.pt (checkpoints), settings.json, history.json, tensorboard/.
     Ctrl-C stops after the current step and leaves a checkpoint that --resume continues exactly.
 
@@ -154,48 +240,44 @@ def train(
 
       attbalance train --resume runs/full
 
+      attbalance train --model vltvg-r50 --data unc --data-root DIR --text-weights BERT --tokenizer BERT
+
+      torchrun --nproc-per-node 8 -m attbalance_ext.cli train --device cuda --rho global --out runs/eight
+
       attbalance report runs/plain runs/full --out report.html
     """
-    if resume is not None:
-        _refuse_other_options(context)
-        trainer = resume_run(resume, cache=cache)
-    else:
-        settings = Settings(
-            model=model,
-            data=data,
-            size=size,
-            seed=seed,
-            steps=steps,
-            batch_size=batch_size,
-            learning_rate=lr,
-            weight_decay=weight_decay,
-            warmup_steps=warmup_steps,
-            clip=clip,
-            pretrain_steps=pretrain_steps,
-            attbalance=attbalance,
-            loss=_loss(
-                alpha_ar=alpha_ar,
-                alpha_l1=alpha_l1,
-                alpha_giou=alpha_giou,
-                weight_rac=weight_rac,
-                weight_mrc=weight_mrc,
-                rho=_rho(rho),
-                difficulty_from=difficulty_from,
-                detach_difficulty=detach_difficulty,
-                adw=adw,
-                odw=odw,
-            ),
-            terms_fraction=terms_fraction,
-            momentum=momentum,
-            rule=rule,
-            backend=backend,
-            device=device,
-            compile=compile,
-            validate_every=validate_every,
-            early_stop=early_stop,
-        )
-        trainer = start_run(settings, out, cache=cache)
-    _train(trainer, Console(stderr=True))
+    console = Console(stderr=True)
+    given = _given(context)
+    with ranks_of_this_run() as ranks:
+        if resume is not None:
+            _refuse_other_options(given)
+            trainer = resume_run(resume, cache=cache, device=given.get("device"), ranks=ranks)
+        else:
+            trainer = start_run(_settings(model, given), out, cache=cache, ranks=ranks)
+        _train(trainer, console)
+
+
+def _given(context: typer.Context) -> dict[str, Any]:
+    """The options that were given: the others are the model's own."""
+    return {
+        name: value
+        for name, value in context.params.items()
+        if getattr(context.get_parameter_source(name), "name", "DEFAULT") != "DEFAULT"
+    }
+
+
+def _settings(model: str, given: dict[str, Any]) -> Settings:
+    """The model's settings with what was ``given``, by the names of options."""
+    changes = {_RENAMED.get(name, name): value for name, value in given.items() if name not in _OF_THE_COMMAND}
+    loss = {name: changes.pop(name) for name in list(changes) if hasattr(LOSS, name)}
+    if "rho" in loss:
+        loss["rho"] = _rho(loss["rho"])
+    if "frozen_parts" in changes:
+        changes["frozen_parts"] = tuple(changes["frozen_parts"])
+    weights = {name: changes.pop(name) for name in WEIGHTS if name in changes}
+    if "steps" in changes and "epochs" in changes:
+        raise UserError("--steps and --epochs: give one of them")
+    return Settings.for_model(model, loss=loss, model_options=weights, **changes)
 
 
 def _train(trainer: Trainer, console: Console) -> None:
@@ -203,13 +285,16 @@ def _train(trainer: Trainer, console: Console) -> None:
     try:
         fit({directory.name: trainer})
     except Interrupted:
-        console.print(
-            f"stopped at step {trainer.step}; checkpoint: {directory / LAST}; "
-            f"continue with: attbalance train --resume {directory}",
-            soft_wrap=True,
-            highlight=False,
-        )
+        if trainer.ranks.main:
+            console.print(
+                f"stopped at step {trainer.step}; checkpoint: {directory / LAST}; "
+                f"continue with: attbalance train --resume {directory}",
+                soft_wrap=True,
+                highlight=False,
+            )
         raise typer.Exit(130) from None
+    if not trainer.ranks.main:
+        return
     early = " (stopped early)" if trainer.step < trainer.settings.steps else ""
     console.print(
         f"done at step {trainer.step}{early}: best validation accuracy {100 * trainer.best_accuracy:.1f} % "
@@ -217,18 +302,21 @@ def _train(trainer: Trainer, console: Console) -> None:
         soft_wrap=True,
         highlight=False,
     )
+    last, validated = trainer.log.history["train"][-1], trainer.log.history["validation"][-1]
+    console.print(
+        f"loss {last['loss']:.4f}; attention in the box by layer: "
+        f"{' '.join(f'{value:.2f}' for value in validated['in_box'])}; "
+        f"peak memory {peak_memory(trainer.device) / 2**30:.2f} GiB",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
-def _refuse_other_options(context: typer.Context) -> None:
+def _refuse_other_options(given: dict[str, Any]) -> None:
     """With --resume the settings are the checkpoint's: another option would be ignored, so it is refused."""
-    given = [
-        f"--{name.replace('_', '-')}"
-        for name in context.params
-        if name not in ("resume", "cache")
-        and getattr(context.get_parameter_source(name), "name", "DEFAULT") != "DEFAULT"
-    ]
-    if given:
-        raise UserError(f"--resume takes its settings from the checkpoint; leave out {', '.join(given)}")
+    others = [f"--{name.replace('_', '-')}" for name in given if name not in ("resume", "cache", "device")]
+    if others:
+        raise UserError(f"--resume takes its settings from the checkpoint; leave out {', '.join(others)}")
 
 
 def _rho(text: str) -> str | tuple[float, ...]:
@@ -236,10 +324,3 @@ def _rho(text: str) -> str | tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         return text
-
-
-def _loss(**options: Any) -> AttBalanceConfig:
-    try:
-        return AttBalanceConfig(**options)
-    except ValueError as error:
-        raise UserError(str(error)) from None

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import torch
 from markupsafe import Markup
 
-from attbalance_ext.grounding.data import load_dataset
 from attbalance_ext.grounding.errors import UserError
 from attbalance_ext.grounding.evaluate import evaluate
 from attbalance_ext.grounding.files import write_text
@@ -20,7 +18,7 @@ from attbalance_ext.grounding.report.charts import NARROW, Line, line_chart
 from attbalance_ext.grounding.report.pictures import picture_groups
 from attbalance_ext.grounding.report.summary import Summary, settings_table, summarize
 from attbalance_ext.grounding.runs import Run
-from attbalance_ext.grounding.split import PreparedSplit
+from attbalance_ext.grounding.sources import open_split
 
 MAX_RUNS = 6
 """The page has that many line colours."""
@@ -52,17 +50,16 @@ def write_report(
     settings = runs[0].settings
     if len(runs) > MAX_RUNS:
         raise UserError(f"a report shows at most {MAX_RUNS} runs, got {len(runs)}")
-    if any((run.settings.data, run.settings.size) != (settings.data, settings.size) for run in runs):
+    if any(_data_of(run) != _data_of(runs[0]) for run in runs):
         raise UserError(
             "the runs of one report must share their data: got "
             + ", ".join(f"{run.directory.name} on {run.settings.data} at {run.settings.size} px" for run in runs)
         )
-    dataset = load_dataset(settings.data, split, cache=cache, size=settings.size)
-    splits, evaluations = [], []
-    for run in runs:
-        prepared = PreparedSplit(dataset, run.vocabulary, run.model, torch.device(run.settings.device))
-        splits.append(prepared)
-        evaluations.append(evaluate(run.model, prepared, rule=run.settings.rule, backend=run.settings.backend))
+    splits = [open_split(run.settings, split, run.tokenizer, run.model, cache=cache) for run in runs]
+    evaluations = [
+        evaluate(run.model, data, rule=run.settings.rule, backend=run.settings.backend)
+        for run, data in zip(runs, splits, strict=True)
+    ]
     summaries = [summarize(run, evaluation) for run, evaluation in zip(runs, evaluations, strict=True)]
     page = (
         _environment()
@@ -83,6 +80,10 @@ def write_report(
     )
     write_text(out, page)
     return summaries
+
+
+def _data_of(run: Run) -> tuple[object, ...]:
+    return run.settings.data, run.settings.data_root, run.settings.wrong_boxes, run.settings.size
 
 
 def _headline(summaries: list[Summary]) -> str | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attbalance_ext.grounding.evaluate import Evaluation, attention_pictures
 from attbalance_ext.grounding.runs import Run
-from attbalance_ext.grounding.split import PreparedSplit
+from attbalance_ext.grounding.split import Split
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Group:
 
 def picture_groups(
     runs: Sequence[Run],
-    splits: Sequence[PreparedSplit],
+    splits: Sequence[Split],
     evaluations: Sequence[Evaluation],
     *,
     per_group: int,
@@ -81,14 +81,13 @@ def picture_groups(
 
 
 def _examples(
-    runs: Sequence[Run], splits: Sequence[PreparedSplit], evaluations: Sequence[Evaluation], indices: Tensor
+    runs: Sequence[Run], splits: Sequence[Split], evaluations: Sequence[Evaluation], indices: Tensor
 ) -> list[Example]:
     maps = [attention_pictures(run.model, split, indices) for run, split in zip(runs, splits, strict=True)]
-    dataset = splits[0].dataset
     examples = []
     for row, index in enumerate(indices.tolist()):
-        image = _data_uri(_scene(dataset.images[dataset.scene_index[index]]))
-        truth = dataset.boxes[index]
+        view = splits[0].view(index)
+        image, truth = _data_uri(_scene(view.image)), view.box
         panels = []
         for number, (run, evaluation, (attention, boxes)) in enumerate(zip(runs, evaluations, maps, strict=True)):
             veil = _veil(attention[-1, row], run.model.grids[0])
@@ -100,7 +99,7 @@ def _examples(
                     in_box=evaluation.in_box[-1, index].item(),
                 )
             )
-        examples.append(Example(dataset.sentences[index], _svg(image, [("truth", truth)]), panels))
+        examples.append(Example(view.sentence, _svg(image, [("truth", truth)]), panels))
     return examples
 
 

@@ -1,0 +1,57 @@
+"""The command line in processes of its own, on a few scenes of the built-in data."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+FEW_SCENES = {"train": 80, "val": 12, "test": 16, "test_novel": 4}
+LAUNCH = f"""
+from attbalance_ext.grounding.data.generate import SCENES
+SCENES.update({FEW_SCENES})
+from attbalance_ext.cli import main
+main()
+"""
+
+
+class Command:
+    """Starts ``attbalance``, alone or under ``torchrun``; every process has one thread."""
+
+    def __init__(self, folder: Path, cache: Path) -> None:
+        self.script = folder / "launch.py"
+        self.script.write_text(LAUNCH)
+        hidden = {"TRITON_INTERPRET", "ATTBALANCE_BACKEND"}
+        self.environment = {name: value for name, value in os.environ.items() if name not in hidden}
+        self.environment |= {"ATTBALANCE_CACHE": str(cache), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+    def start(self, *arguments: str | Path, processes: int = 1) -> subprocess.Popen[str]:
+        launcher: list[str] = []
+        if processes > 1:
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        return subprocess.Popen(
+            [sys.executable, *launcher, str(self.script), *map(str, arguments)],
+            env=self.environment,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def run(self, *arguments: str | Path, processes: int = 1, expect: int = 0) -> str:
+        """What it said on stderr; any other exit status than ``expect`` fails the test."""
+        process = self.start(*arguments, processes=processes)
+        _, said = process.communicate(timeout=240)
+        assert process.returncode == expect, said
+        return said
+
+
+def history(run: Path) -> dict[str, list[dict[str, Any]]]:
+    """A run's records, without the times."""
+    records = json.loads((run / "history.json").read_text())
+    return {
+        kind: [{name: value for name, value in record.items() if name != "step_ms"} for record in found]
+        for kind, found in records.items()
+    }
