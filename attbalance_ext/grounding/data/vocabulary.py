@@ -38,13 +38,17 @@ class Vocabulary:
         """How many numbers there are, padding and unknown included: the size of an embedding."""
         return len(self.words) + 2
 
+    def numbers(self, sentence: str) -> list[int]:
+        """The numbers of a sentence's words."""
+        return [self._numbers.get(word, UNKNOWN) for word in tokenize(sentence)]
+
     def encode(self, sentences: Sequence[str], max_length: int | None = None) -> tuple[Tensor, Tensor]:
         """Number the words of B sentences.
 
         Returns ids (B, T) int64 and padding (B, T) bool, True = ignore. T is the longest sentence's length, at
         least 1, or ``max_length``: longer sentences lose their end.
         """
-        rows = [[self._numbers.get(word, UNKNOWN) for word in tokenize(s)][:max_length] for s in sentences]
+        rows = [self.numbers(sentence)[:max_length] for sentence in sentences]
         length = max_length or max([1, *map(len, rows)])
         ids = torch.full((len(rows), length), PAD, dtype=torch.int64)
         for row, numbers in zip(ids, rows, strict=True):
