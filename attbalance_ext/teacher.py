@@ -75,8 +75,8 @@ class MomentumTeacher(nn.Module):
         for parameter, current in zip(self.module.parameters(), model.parameters(), strict=True):
             averages, currents = groups.setdefault((parameter.device, parameter.dtype), ([], []))
             averages.append(parameter.detach())
-            current = current.detach()
-            currents.append((current if is_sharded(parameter) else gathered(current)).to(parameter))
+            value = current.detach()
+            currents.append((value if is_sharded(parameter) else gathered(value)).to(parameter))
         average = get_ema_multi_avg_fn(self.momentum)
         for averages, currents in groups.values():
             average(averages, currents, 0)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import socket
-import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
 from helpers_hosts import Grounder, relative_error
+from helpers_ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -75,9 +72,7 @@ WRAPS = {
 }
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
+def worker(rank: int) -> dict[tuple[str, str, str], dict[str, Any]]:
     share = BATCH // WORLD
     part = slice(rank * share, (rank + 1) * share)
     results = {}
@@ -85,25 +80,13 @@ def worker(rank: int, port: int, folder: str) -> None:
         for backend in BACKENDS:
             results[name, backend, "global"] = train(wrap, part, "global", backend)._asdict()
     results["ddp", "reference", "batch"] = train(WRAPS["ddp"], part, "batch", "reference")._asdict()
-    torch.save(results, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str, str], Result]]:
     """The results of both processes, by (wrapper, backend, source of rho)."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = torch.multiprocessing.spawn(worker, (port, str(folder)), nprocs=WORLD, join=False)
-    deadline = time.monotonic() + 120
-    while not context.join(timeout=5):  # False while one still runs; raises what a process raised
-        if time.monotonic() > deadline:
-            for process in context.processes:
-                process.kill()
-            pytest.fail("the processes hang")
-    loaded = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    loaded = run_ranks(worker, WORLD, tmp_path_factory.mktemp("ranks"))
     return [{key: Result(**value) for key, value in results.items()} for results in loaded]
 
 
