@@ -1,4 +1,4 @@
-"""``attbalance data list | card | export``: the built-in benchmark."""
+"""``attbalance data list | card | export``: the built-in benchmark. ``attbalance data check``: data in files."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from rich.table import Table
 
 from attbalance_ext.grounding.commands.train import CacheOption
 from attbalance_ext.grounding.data import FORMATS, SPLITS, card, export
+from attbalance_ext.grounding.data.benchmarks import BENCHMARKS
+from attbalance_ext.grounding.data.check import Found, check
 from attbalance_ext.grounding.data.grammar import FLAVOURS
 
-data = typer.Typer(help="The built-in benchmark: names, statistics, export.", no_args_is_help=True)
+data = typer.Typer(help="The built-in benchmark: names, statistics, export. Of files: check.", no_args_is_help=True)
 
 NameArgument = Annotated[str, typer.Argument(help="Name of a data set, for example builtin:refcoco.")]
 SizeOption = Annotated[int, typer.Option(help="Side of the image in pixels.")]
@@ -30,6 +32,9 @@ def list_names() -> None:
     for flavour in FLAVOURS:
         print(f"builtin:{flavour:10} builtin:{flavour}-hard")
     print(f"splits: {', '.join(SPLITS)}")
+    print("in files (one name a line, as different formats call it; see 'attbalance data check'):")
+    for benchmark in BENCHMARKS:
+        print(f"{' = '.join(benchmark.names):28} splits: {', '.join(benchmark.splits)}")
 
 
 @data.command("card")
@@ -81,6 +86,44 @@ def export_files(
     Example: attbalance data export builtin:refcoco out --format refer
     """
     print(export(name, root, format, cache=cache, size=size))
+
+
+@data.command("check")
+def check_files(
+    root: Annotated[Path, typer.Argument(help="Folder to look in.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything, as JSON.")] = False,
+    images: Annotated[bool, typer.Option("--images", help="Decode every image, to find damaged ones.")] = False,
+) -> None:
+    """Say which data sets lie in a folder, how much of them, which boxes are wrong, and what is missing where.
+
+    Looks for split files (ReSC, TransVG), the refer API's files and JSON lines. The exit code is 0 if some data set
+    is complete, else 1.
+
+    Example: attbalance data check /data/grounding
+    """
+    report = check(root, decode=images)
+    if as_json:
+        print(json.dumps(report.as_dict(), indent=1))
+    else:
+        for found in report.found:
+            _show(found)
+        if not report.found:
+            print(f"nothing was found under {report.root}; there would be")
+            for what, path in report.expected.items():
+                print(f"  {what}: {path}")
+        elif not report.usable:
+            print("no data set is complete")
+    if not report.usable:
+        raise typer.Exit(1)
+
+
+def _show(found: Found) -> None:
+    print(f"{found.name} ({found.format}): {'complete' if found.complete else 'not complete'}")
+    for split, what in found.splits.items():
+        wrong = ", ".join(f"{count} {kind}" for kind, count in what.wrong_boxes.items())
+        print(f"  {split}: {what.sentences} sentences, {what.images} images, wrong boxes: {wrong or 'none'}")
+    for missing in found.missing:
+        print(f"  missing: {missing}")
 
 
 def _percent(share: float) -> str:

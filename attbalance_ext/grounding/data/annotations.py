@@ -51,6 +51,14 @@ def parse_text(value: Any, what: str) -> str:
     return value
 
 
+def parse_size(width: Any, height: Any) -> tuple[int, int]:
+    """An image's size in pixels; raises ``ValueError`` where it is not two positive integers."""
+    for value in (width, height):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"an image's width and height are integers above 0, not {_short(value)}")
+    return width, height
+
+
 def _short(value: Any) -> str:
     """What came, in a few characters; containers by their type, for they may be nested without end."""
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):

@@ -46,7 +46,7 @@ class FileDataset:
         try:
             with Image.open(path) as image:
                 return image.convert("RGB")
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise UserError(f"{path} cannot be read as an image: {error}") from None
 
     def box(self, index: int) -> Box:
@@ -58,7 +58,8 @@ class FileDataset:
         return self.annotations[index].image
 
 
-_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+"""What Pillow raises on a file that is no image, or is damaged."""
 
 
 def _place(annotation: Annotation) -> tuple[str, Box, str, str]:
@@ -122,7 +123,7 @@ def image_size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             return image.size
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise UserError(f"{path} cannot be read as an image: {error}") from None
 
 

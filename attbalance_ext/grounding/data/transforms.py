@@ -82,9 +82,8 @@ class Placement:
     def view(self, picture: Image.Image, box: Box, sentence: str) -> View:
         """``picture`` on the canvas, with what of ``box`` (in pixels of the source) lies in the part."""
         (left, top), (width, height), part = self.corner, self.size, self.part
-        pixels = np.empty((self.canvas, self.canvas, 3), np.uint8)
-        pixels[:] = FILL
-        pixels[top : top + height, left : left + width] = np.asarray(picture)
+        drawn = Image.new("RGB", (self.canvas, self.canvas), FILL)
+        drawn.paste(picture, self.corner)
         padding = torch.ones(self.canvas, self.canvas, dtype=torch.bool)
         padding[top : top + height, left : left + width] = False
         shown = intersection(box, part)
@@ -93,7 +92,7 @@ class Placement:
         center_y = top + ((shown.y1 + shown.y2) / 2 - part.y1) * self.scale
         target = torch.tensor([center_x, center_y, across * self.scale, down * self.scale], dtype=torch.float64)
         return View(
-            image=torch.from_numpy(pixels).permute(2, 0, 1).contiguous(),
+            image=torch.from_numpy(np.array(drawn)).permute(2, 0, 1).contiguous(),
             padding=padding,
             box=(target / self.canvas).float(),
             box_ratio=across * down / ((part.x2 - part.x1) * (part.y2 - part.y1)),

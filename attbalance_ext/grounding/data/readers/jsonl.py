@@ -9,7 +9,7 @@ from typing import Any
 
 from attbalance_ext.grounding.errors import UserError
 
-from ..annotations import Annotation, parse_box, parse_text
+from ..annotations import Annotation, parse_box, parse_size, parse_text
 from .source import Source
 
 _PLAIN = "jsonl"
@@ -24,6 +24,7 @@ class JsonLines(Source):
     """
 
     format = "JSON lines"
+    usual = ("train", "val")
 
     def __init__(self, root: Path, names: Sequence[str]) -> None:
         self.root = root
@@ -72,6 +73,6 @@ class JsonLines(Source):
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
         name = parse_text(record["image"], "image")
         image = images.setdefault(name, self.root / name)
-        size = (int(record["width"]), int(record["height"])) if {"width", "height"} <= record.keys() else None
+        size = parse_size(record["width"], record["height"]) if {"width", "height"} <= record.keys() else None
         sentence = parse_text(record["sentence"], "sentence")
         return Annotation(image, sentence, parse_box(record["bbox"], corners=False), size)

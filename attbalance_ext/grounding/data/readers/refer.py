@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from attbalance_ext.grounding.errors import UserError
 
-from ..annotations import Annotation, parse_box, parse_text
+from ..annotations import Annotation, Box, parse_box, parse_size, parse_text
 from ..benchmarks import Benchmark
 from ..pickles import load_pickle
 from .source import Source, image_folder, read_rows
+
+
+class _Image(NamedTuple):
+    file_name: str
+    size: tuple[int, int]
 
 
 class ReferFiles(Source):
@@ -27,16 +33,16 @@ class ReferFiles(Source):
         self.root = root
         self.benchmark = benchmark
         self.name = benchmark.name
+        self.usual = benchmark.splits
         folders = benchmark.refer_folders(root)
         folder_here = next((each for each in folders if (each / f"refs({by}).p").is_file()), folders[0])
         self.references = folder_here / f"refs({by}).p"
         self.instances = folder_here / "instances.json"
-        self._loaded: list[dict[str, Any]] | None = None
 
     def splits(self) -> list[str]:
         if not self.references.is_file():
             return []
-        found = {reference["split"] for reference in self._references()}
+        found = {reference["split"] for reference in self._references}
         usual = [split for split in self.benchmark.splits if split in found]
         return usual + sorted(found - set(usual))
 
@@ -44,35 +50,33 @@ class ReferFiles(Source):
         return self.references
 
     def read(self, split: str) -> list[Annotation]:
-        chosen = [reference for reference in self._references() if reference["split"] == split]
-        images, boxes = self._tables()
-        if not chosen:
+        chosen = [reference for reference in self._references if reference["split"] == split]
+        rows = [row for rows in read_rows(self.references, chosen, self._sentences) for row in rows]
+        if not rows:
             return []
+        folder = image_folder(self.benchmark.image_folders(self.root), rows[0][0].file_name)
+        paths = {image.file_name: folder / image.file_name for image, _, _ in rows}
+        return [Annotation(paths[image.file_name], sentence, box, image.size) for image, sentence, box in rows]
 
-        def annotations(reference: dict[str, Any]) -> list[Annotation]:
-            image, box = images[reference["image_id"]], boxes[reference["ann_id"]]
-            corners = parse_box(box, corners=False)
-            path = folder / image["file_name"]
-            size = (int(image["width"]), int(image["height"]))
-            return [
-                Annotation(path, parse_text(sentence["sent"], "a sentence"), corners, size)
-                for sentence in reference["sentences"]
-            ]
+    def _sentences(self, reference: dict[str, Any]) -> list[tuple[_Image, str, Box]]:
+        """A reference's sentences, each with its image and box."""
+        images, boxes = self._tables
+        image, bbox = images.get(reference["image_id"]), boxes.get(reference["ann_id"])
+        if image is None or bbox is None:
+            raise ValueError(f"its image or its annotation is not in {self.instances}")
+        box = parse_box(bbox, corners=False)
+        return [(image, parse_text(sentence["sent"], "a sentence"), box) for sentence in reference["sentences"]]
 
-        first = images.get(chosen[0]["image_id"], {}).get("file_name", "")
-        folder = image_folder(self.benchmark.image_folders(self.root), first)
-        return [row for rows in read_rows(self.references, chosen, annotations) for row in rows]
-
+    @cached_property
     def _references(self) -> list[dict[str, Any]]:
-        """All references, each a dictionary that has a split; read once."""
-        if self._loaded is None:
-            loaded = load_pickle(self.references)
-            if not isinstance(loaded, list):
-                raise UserError(f"{self.references} holds a {type(loaded).__name__}; it is to be a list of references")
-            self._loaded = read_rows(self.references, loaded, _reference)
-        return self._loaded
+        """All references, each a dictionary that has a split."""
+        loaded = load_pickle(self.references)
+        if not isinstance(loaded, list):
+            raise UserError(f"{self.references} holds a {type(loaded).__name__}; it is to be a list of references")
+        return read_rows(self.references, loaded, _reference)
 
-    def _tables(self) -> tuple[dict[int, dict[str, Any]], dict[int, list[float]]]:
+    @cached_property
+    def _tables(self) -> tuple[dict[Any, _Image], dict[Any, Any]]:
         """Images by id and boxes by the annotation's id."""
         path = self.instances
         try:
@@ -83,8 +87,8 @@ class ReferFiles(Source):
             raise UserError(f"{path} is no JSON: {error}") from None
         if not isinstance(tables, dict) or not {"images", "annotations"} <= tables.keys():
             raise UserError(f"{path} has no 'images' and 'annotations'")
-        images = read_rows(path, tables["images"], lambda image: (image["id"], _image(image)))
-        boxes = read_rows(path, tables["annotations"], lambda entry: (entry["id"], entry["bbox"]))
+        images = read_rows(path, tables["images"], lambda entry: (_id(entry), _image(entry)))
+        boxes = read_rows(path, tables["annotations"], lambda entry: (_id(entry), entry["bbox"]))
         return dict(images), dict(boxes)
 
 
@@ -93,10 +97,16 @@ def _reference(entry: Any) -> dict[str, Any]:
         raise ValueError(f"a reference is a dictionary, not a {type(entry).__name__}")
     if missing := {"ann_id", "image_id", "split", "sentences"} - entry.keys():
         raise ValueError(f"it has no {', '.join(sorted(missing))}")
-    parse_text(entry["split"], "a split")
-    return entry
+    for key in ("ann_id", "image_id"):
+        _id({"id": entry[key]})
+    return {**entry, "split": parse_text(entry["split"], "a split")}
 
 
-def _image(entry: dict[str, Any]) -> dict[str, Any]:
-    parse_text(entry["file_name"], "an image file")
-    return {"file_name": entry["file_name"], "width": entry["width"], "height": entry["height"]}
+def _id(entry: dict[str, Any]) -> int | str:
+    if not isinstance(entry["id"], int | str):
+        raise ValueError(f"an id is a number, not a {type(entry['id']).__name__}")
+    return entry["id"]
+
+
+def _image(entry: dict[str, Any]) -> _Image:
+    return _Image(parse_text(entry["file_name"], "an image file"), parse_size(entry["width"], entry["height"]))

@@ -19,6 +19,8 @@ class Source(ABC):
 
     format: str
     name: str
+    usual: tuple[str, ...]
+    """The splits that the data set has where it is whole."""
 
     @abstractmethod
     def splits(self) -> list[str]:

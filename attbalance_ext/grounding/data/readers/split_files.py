@@ -25,6 +25,7 @@ class SplitFiles(Source):
         self.root = root
         self.benchmark = benchmark
         self.name = benchmark.name
+        self.usual = benchmark.splits
         folders = benchmark.split_folders(root)
         self.folder = next((folder for folder in folders if any(folder.glob(f"{self.name}_*.pth"))), folders[0])
 
