@@ -13,6 +13,7 @@ from torch import Tensor
 from attbalance_ext import AttBalanceOutput, AttentionTerms, BoxRegion, QueryAttention
 
 DEVICE = torch.device("cuda", 0)
+BACKENDS = ("cuda", "triton")
 
 
 def move(tensor: Tensor, device: torch.device = DEVICE) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import same_bits
-from helpers_gpu import DEVICE, loss_at_home, loss_on_device, poison
+from helpers_gpu import BACKENDS, DEVICE, loss_at_home, loss_on_device, poison
 from helpers_loss import assert_solves_loss, literal_loss, make_loss_problem, solve_loss
 from helpers_pairwise import case_id, pairwise
 
@@ -32,8 +32,9 @@ FACTORS: dict[str, list[Any]] = {
 OF_THE_PROBLEM = ("layers", "batch", "stages", "with_ratio", "invalid", "ties")
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", pairwise(FACTORS), ids=case_id)
-def test_against_the_equations(case: dict[str, Any]) -> None:
+def test_against_the_equations(case: dict[str, Any], backend: str) -> None:
     problem = make_loss_problem(**{name: case[name] for name in OF_THE_PROBLEM})
     options = {name: value for name, value in case.items() if name not in OF_THE_PROBLEM}
     if options["rho"] == "fixed":
@@ -41,36 +42,39 @@ def test_against_the_equations(case: dict[str, Any]) -> None:
     config = AttBalanceConfig(**options)
     there = loss_on_device(problem)
     poison()
-    solution = solve_loss(there, config, "cuda")
+    solution = solve_loss(there, config, backend)
     assert_solves_loss(loss_at_home(solution), literal_loss(problem, config))
-    assert all(map(same_bits, solution.tensors(), solve_loss(there, config, "cuda").tensors()))
+    assert all(map(same_bits, solution.tensors(), solve_loss(there, config, backend).tensors()))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("batch", [1000, 1024, 1025, 4096, 5000])
 @pytest.mark.parametrize("ties", [False, True])
-def test_large_batches(batch: int, ties: bool) -> None:
+def test_large_batches(batch: int, ties: bool, backend: str) -> None:
     """Against the CPU kernels, which the other tests hold to the literal objective."""
     problem = make_loss_problem(batch=batch, ties=ties, invalid=True)
     config = AttBalanceConfig()
-    found = loss_at_home(solve_loss(loss_on_device(problem), config, "cuda"))
+    found = loss_at_home(solve_loss(loss_on_device(problem), config, backend))
     expected = solve_loss(problem, config, "cpu")
     for actual, wanted in zip(found.tensors(), expected.tensors(), strict=True):
         assert (actual - wanted).norm() <= 2e-5 * wanted.norm()
 
 
-def test_plain_box_loss() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_plain_box_loss(backend: str) -> None:
     problem = loss_on_device(make_loss_problem(stages=6))
     pred = problem.pred.requires_grad_()
-    found = AttBalanceLoss(backend="cuda")(None, pred, problem.target)
+    found = AttBalanceLoss(backend=backend)(None, pred, problem.target)
     expected = AttBalanceLoss(backend="reference")(None, pred, problem.target)
     torch.testing.assert_close(found.loss, expected.loss, rtol=2e-5, atol=0)
     gradients = [torch.autograd.grad(output.loss, pred)[0] for output in (found, expected)]
     assert (gradients[0] - gradients[1]).norm() <= 2e-5 * gradients[1].norm()
 
 
-def test_no_samples() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_samples(backend: str) -> None:
     problem = loss_on_device(make_loss_problem(batch=0))
-    solution = solve_loss(problem, AttBalanceConfig(), "cuda")
+    solution = solve_loss(problem, AttBalanceConfig(), backend)
     assert solution.output.loss.item() == 0
     assert solution.grad_pred.shape == (0, 4)
     assert solution.output.loss.device == DEVICE

@@ -9,7 +9,7 @@ import torch
 from helpers import same_bits
 from helpers_attention import GRIDS, LAYOUTS, assert_solves, literal, make_problem, problem_of, solve
 from helpers_exact import exact, extreme_problem
-from helpers_gpu import DEVICE, at_home, on_device, poison
+from helpers_gpu import BACKENDS, DEVICE, at_home, on_device, poison
 from helpers_pairwise import case_id, pairwise
 
 from attbalance_ext import BackendUnavailable, BoxRegion, QueryAttention, attention_terms
@@ -40,6 +40,13 @@ FACTORS: dict[str, list[Any]] = {
     "distance": [None, 1.0, 1e-2],
     "spread": [1e-2, 1.0, 8.0],
 }
+# Nearly every case has Triton compile its kernels, for some seconds.
+FEWER: dict[str, list[Any]] = {
+    "dtypes": ["f32", "bf16", "by_layer", "teacher_bf16"],
+    "tokens": [1, 400, 500],
+    "width": [7, 256, 1032],
+    "region": ["touch", "coverage", "weights", "bool"],
+}
 
 
 def small_enough(case: dict[str, Any]) -> bool:
@@ -47,29 +54,37 @@ def small_enough(case: dict[str, Any]) -> bool:
     return case["batch"] * case["layers"] * case["tokens"] * case["width"] <= 5_000_000
 
 
-@pytest.mark.parametrize("case", pairwise(FACTORS, small_enough), ids=case_id)
-def test_against_the_equations(case: dict[str, Any]) -> None:
+CASES = [
+    *(("cuda", case) for case in pairwise(FACTORS, small_enough)),
+    *(("triton", case) for case in pairwise(FACTORS | FEWER, small_enough)),
+]
+
+
+@pytest.mark.parametrize(("backend", "case"), CASES, ids=lambda part: part if isinstance(part, str) else case_id(part))
+def test_against_the_equations(backend: str, case: dict[str, Any]) -> None:
     problem = problem_of(case, DTYPES[case["dtypes"]])
     there = on_device(problem)
     poison()
-    solution = solve(there, "cuda")
+    solution = solve(there, backend)
     assert_solves(at_home(solution), literal(problem))
-    again = solve(there, "cuda")
+    again = solve(there, backend)
     assert all(map(same_bits, solution.tensors(), again.tensors()))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("distance", [1.0, 1e-6, float("inf")])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
-def test_both_ends_against_60_digits(dtype: torch.dtype, distance: float) -> None:
+def test_both_ends_against_60_digits(dtype: torch.dtype, distance: float, backend: str) -> None:
     """A_in near 0 and 1, with the device's own exp and log."""
     in_box = [1e-30, 1e-12, 1e-4, 0.3, 0.499, 0.501, 0.9, 1 - 1e-4, 1 - 1e-8]
     problem = extreme_problem(in_box, distance, dtype, width=64)
-    assert_solves(at_home(solve(on_device(problem), "cuda")), exact(problem))
+    assert_solves(at_home(solve(on_device(problem), backend)), exact(problem))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 @pytest.mark.parametrize("offset", [1, 3, 8])
-def test_pointers_that_are_not_aligned(dtype: torch.dtype, offset: int) -> None:
+def test_pointers_that_are_not_aligned(dtype: torch.dtype, offset: int, backend: str) -> None:
     problem = make_problem(tokens=400, width=256, key_dtype=(dtype,), teacher_dtype=dtype)
     truth = literal(problem)
     there = on_device(problem)
@@ -79,15 +94,16 @@ def test_pointers_that_are_not_aligned(dtype: torch.dtype, offset: int) -> None:
 
     there.key = [shifted(key) for key in there.key]
     assert any(key.data_ptr() % 16 for key in there.key) or offset == 8
-    assert_solves(at_home(solve(there, "cuda")), truth)
+    assert_solves(at_home(solve(there, backend)), truth)
 
 
-def test_training_shape() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_training_shape(backend: str) -> None:
     """L=6, B=64, N=400, D=256 in bf16: too much for the literal truth, so the reference in float64 on the device."""
     problem = on_device(make_problem(layers=6, batch=64, tokens=400, width=256, key_dtype=(BF16,), teacher_dtype=BF16))
     wide = problem.to(torch.float64)
     wide.incoming = tuple(gradient.double() for gradient in problem.incoming)
-    solution, truth = solve(problem, "cuda"), solve(wide, "reference")
+    solution, truth = solve(problem, backend), solve(wide, "reference")
     for name, actual, expected in (
         *zip(("in_box", "rac", "mrc"), solution.terms[:3], truth.terms[:3], strict=True),
         *(("query", *pair) for pair in zip(solution.grad_query, truth.grad_query, strict=True)),
@@ -97,7 +113,8 @@ def test_training_shape() -> None:
         assert error <= (3e-2 if name == "key" else 2e-5), name
 
 
-def test_more_than_two_billion_elements() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_more_than_two_billion_elements(backend: str) -> None:
     """Offsets are 64 bits wide: the last sample of a key of 2^31 elements and more is read and its gradient written."""
     batch, tokens, width = 6000, 1400, 256
     if torch.cuda.get_device_properties(DEVICE).total_memory < 20 << 30:
@@ -106,7 +123,7 @@ def test_more_than_two_billion_elements() -> None:
     key = torch.empty(batch, tokens, width, dtype=BF16, device=DEVICE).normal_().requires_grad_()
     query = torch.randn(batch, width, device=DEVICE)
     region = torch.rand(batch, tokens, device=DEVICE)
-    terms = attention_terms(QueryAttention(query, key, 0.05), region, backend="cuda")
+    terms = attention_terms(QueryAttention(query, key, 0.05), region, backend=backend)
     (gradient,) = torch.autograd.grad(terms.rac.sum(), key)
     for sample in (0, batch // 2, batch - 1):
         one = slice(sample, sample + 1)
@@ -119,10 +136,11 @@ def test_more_than_two_billion_elements() -> None:
         assert (gradient[one].double() - expected).norm() <= 4e-3 * expected.norm()
 
 
-def test_float64_is_left_to_the_reference() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float64_is_left_to_the_reference(backend: str) -> None:
     problem = on_device(make_problem(query_dtype=(torch.float64,), key_dtype=(torch.float64,)))
     with pytest.raises(BackendUnavailable, match="float64"):
-        solve(problem, "cuda")
+        solve(problem, backend)
     assert choose("auto", "cuda", torch.float64) == "reference"
     assert all(map(same_bits, solve(problem, "auto").tensors(), solve(problem, "reference").tensors()))
 
@@ -133,12 +151,13 @@ def test_auto_takes_the_cuda_kernels() -> None:
     assert all(map(same_bits, solve(problem, "auto").tensors(), solve(problem, "cuda").tensors()))
 
 
-def test_cpu_tensors_are_refused() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cpu_tensors_are_refused(backend: str) -> None:
     with pytest.raises(BackendUnavailable, match="the tensors are on cpu"):
-        solve(make_problem(), "cuda")
+        solve(make_problem(), backend)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+@pytest.mark.parametrize("backend", ["cpu", *BACKENDS])
 def test_tensors_of_two_devices_are_refused(backend: str) -> None:
     boxes = torch.rand(3, 4)
     key = torch.randn(3, 4, 8, device=DEVICE)
