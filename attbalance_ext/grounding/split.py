@@ -130,6 +130,7 @@ class StreamedSplit(Split):
             collate_fn=self.collate,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # its own: the global one belongs to the training step
         )
         yield from map(self._finish, loader)
 

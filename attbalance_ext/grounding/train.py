@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from operator import methodcaller
@@ -125,13 +126,17 @@ class Trainer:
         if self._batches is None:
             self._batches = self.split.stream(self._plan())
         self.optimizer.zero_grad(set_to_none=True)
+        if self.teacher is not None:
+            self.teacher.update(self.model)
         parts = self.settings.accumulate
         values = [self._accumulate(next(self._batches), 1 / parts, last=part == parts - 1) for part in range(parts)]
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.clip or math.inf)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.scheduler.step()
+        with warnings.catch_warnings():  # the schedule goes on where a first step overflowed and was left out
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler")
+            self.scheduler.step()
         step = {name: torch.stack([value[name] for value in values]).mean(0) for name in values[0]}
         if self.scaler.is_enabled():  # a step whose gradient overflowed was left out; that is no failure
             step["skipped"] = (~norm.isfinite()).to(norm.dtype)
@@ -144,7 +149,7 @@ class Trainer:
         # Gradients are averaged over the processes once, in the last part's backward pass.
         with network.no_sync() if not last and isinstance(network, DistributedDataParallel) else nullcontext():
             output = self.objective(batch)
-            self.scaler.scale(output.loss * share).backward()  # type: ignore[no-untyped-call]
+            self.scaler.scale(output.loss * share).backward()
         names = ["loss", "box", "iou"]
         if self.tap is not None:
             names += ["attention", "rac", "mrc", "adw", "odw", "rho"]
@@ -157,7 +162,6 @@ class Trainer:
             with self._autocast():
                 boxes = self.network(*batch.inputs)
             return self.criterion(None, boxes.float(), batch.boxes, box_ratio=batch.box_ratio)
-        self.teacher.update(self.model)
         with self._autocast():
             with self.tap.recording():
                 boxes = self.network(*batch.inputs)

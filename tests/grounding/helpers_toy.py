@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from attbalance_ext.grounding.data import Vocabulary
+from attbalance_ext.grounding.data.annotations import Box
 from attbalance_ext.grounding.data.tokenizers import WordTokenizer
 from attbalance_ext.grounding.models import build_model
 from attbalance_ext.grounding.settings import Settings
@@ -39,6 +41,13 @@ class ToyDataset:
 
     def __len__(self) -> int:
         return len(self.sentences)
+
+    def pixels(self, index: int) -> Image.Image:
+        return Image.fromarray(self.images[self.scene_index[index]].permute(1, 2, 0).contiguous().numpy())
+
+    def box(self, index: int) -> Box:
+        cx, cy, w, h = (32 * self.boxes[index].double()).tolist()
+        return Box(cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
 
 
 def toy_settings(**changes: Any) -> Settings:
