@@ -7,7 +7,7 @@
 # or, instead of those three, a wheel built elsewhere from the same commit, WHEEL=dist/attbalance_ext-....whl, whose libraries
 # are used with the checkout's Python files: pip wheel . --no-build-isolation --no-deps -w dist. What else is missing is said, and the steps that need it are left
 # out. A step that fails or takes too long does not stop the next. The exit status is 1 if any step failed.
-# Results: summary.txt, log.txt, gpu-tests.xml, results.jsonl, ncu--batch64.txt, ncu--batch1--first.txt.
+# Results: summary.txt, log.txt, gpu-tests.xml, gpu-tests-triton.xml, results.jsonl, ncu--batch64.txt, ncu--batch1--first.txt.
 set -u
 mkdir -p "${1:-gpu-results}" && output=$(cd "${1:-gpu-results}" && pwd) || exit 1
 cd "$(dirname "$0")/.." || exit 1
@@ -86,10 +86,19 @@ raise SystemExit("; ".join(available_backends()["cuda"]) or not print_report())'
 if has_module pytest && has_module hypothesis && has_module scipy; then
   options="-p no:cacheprovider"
   has_module pytest_timeout || options="$options -W ignore::pytest.PytestConfigWarning"
-  step "tests on the GPU" 150 "$python" -m pytest $options -m gpu -q --junitxml "$output/gpu-tests.xml" tests/gpu
+  step "tests on the GPU" 150 "$python" -m pytest $options -m gpu -k "not triton" -q \
+    --junitxml "$output/gpu-tests.xml" tests/gpu
+  if has_module triton; then
+    # Most of it is compiling. A cache of its own: what an earlier commit left behind must not hide a failure.
+    step "tests of Triton on the GPU" 180 env TRITON_CACHE_DIR="$work/triton" "$python" -m pytest $options -m gpu \
+      -k triton -q --junitxml "$output/gpu-tests-triton.xml" tests/gpu
+  else
+    skip "tests of Triton on the GPU" "it is not installed"
+  fi
 else
   skip "tests on the GPU" "they need pytest, hypothesis and scipy"
 fi
+
 # --- fast? -----------------------------------------------------------------------------------------------------------
 
 if has_module typer && has_module rich; then
