@@ -22,6 +22,8 @@ from attbalance_ext.grounding.errors import UserError
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 """First of the pickles in a file of ``torch.save`` from before it wrote archives."""
+_LARGEST = 4096
+"""Bytes of a NumPy array or scalar. Those in annotations hold a box or a name."""
 _LEGACY_PREAMBLE = 3
 """Magic number, version of the protocol and sizes of C types come before the object."""
 
@@ -63,7 +65,7 @@ def _guarded(path: Path, read: Callable[[bytes], Any]) -> Any:
     except Refused as error:
         raise UserError(f"{path} is refused, nothing in it was run: {error}") from None
     except (*_DAMAGE, RecursionError, MemoryError) as error:
-        raise UserError(f"{path} is damaged or no such file: {str(error) or type(error).__name__}") from None
+        raise UserError(f"{path} is damaged or of another kind ({type(error).__name__}: {error})") from None
 
 
 _DAMAGE = (
@@ -117,8 +119,8 @@ class _Array(list[Any]):
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, is_fortran, data = state
-        values = list(data) if isinstance(data, list) else _numbers(dtype, data)
-        if math.prod(shape) != len(values) or (is_fortran and len(shape) > 1):
+        values = _numbers(dtype, data)
+        if len(shape) > 2 or math.prod(shape) != len(values) or (is_fortran and len(shape) > 1):
             raise ValueError("an array's shape does not fit its data")
         self[:] = _folded(values, shape)
 
@@ -161,16 +163,23 @@ _STRUCT_CODES = {
 
 def _numbers(dtype: _DType, data: bytes | str) -> list[Any]:
     """The values of an array or scalar: numbers, or strings of fixed width."""
-    raw = data.encode("latin1") if isinstance(data, str) else bytes(data)
+    raw = _bytes(data)
     if code := _STRUCT_CODES.get(dtype.code):
         return [value for (value,) in struct.iter_unpack(f"{dtype.order}{code}", raw)]
-    text = re.fullmatch("([USa])([1-9][0-9]{0,6})", dtype.code)
+    text = re.fullmatch("([US])([1-9][0-9]{0,3})", dtype.code)
     if text is None:
-        raise Refused(f"it holds a NumPy array of {dtype.code!r}, which is neither numbers nor text")
+        raise Refused(f"it holds a NumPy array of {dtype.code[:20]!r}, which is neither numbers nor text")
     is_unicode = text[1] == "U"
     width = int(text[2]) * (4 if is_unicode else 1)
     codec = ("utf-32-be" if dtype.order == ">" else "utf-32-le") if is_unicode else "latin1"
     return [raw[i : i + width].decode(codec).rstrip("\0") for i in range(0, len(raw), width)]
+
+
+def _bytes(data: bytes | str) -> bytes:
+    """Bytes, which Python 2 called text. A file may name the same ones again and again, so their number is limited."""
+    if len(data) > _LARGEST:
+        raise Refused(f"it holds an array of {len(data)} bytes; boxes and names have at most {_LARGEST}")
+    return data.encode("latin1") if isinstance(data, str) else bytes(data)
 
 
 def _scalar(dtype: _DType, data: bytes | str) -> Any:
@@ -182,7 +191,7 @@ def _encode(text: str, codec: str) -> bytes:
     """Bytes, as protocols before 3 store them."""
     if codec != "latin1":
         raise Refused(f"it encodes text in {codec!r}")
-    return text.encode("latin1")
+    return _bytes(text)
 
 
 def _set(items: Iterable[Any] = ()) -> set[Any]:
@@ -217,11 +226,11 @@ def _check_state(owner: Any) -> None:
         raise Refused("it sets the state of an object")
 
 
-_UNKNOWN_OPCODES = frozenset(
+_OBJECTS = frozenset(
     (pickle.INST + pickle.OBJ + pickle.NEWOBJ + pickle.NEWOBJ_EX + pickle.PERSID + pickle.BINPERSID)
     + (pickle.EXT1 + pickle.EXT2 + pickle.EXT4 + pickle.NEXT_BUFFER + pickle.READONLY_BUFFER)
 )
-"""What plain types never need."""
+"""Opcodes that plain types never need."""
 
 _CHECKS: dict[int, Callable[[list[Any]], None]] = {
     pickle.BUILD[0]: lambda stack: _check_state(stack[-2]),
@@ -232,6 +241,10 @@ _CHECKS: dict[int, Callable[[list[Any]], None]] = {
     pickle.FROZENSET[0]: lambda stack: _check_keys(stack),
 }
 """What is looked at, on the stack down to the last mark, before an opcode acts."""
+
+
+def _refuse(_: Any) -> None:
+    raise Refused("it makes an object of a class, or one kept outside of the pickle")
 
 
 def _checked(load: Callable[[Any], None], check: Callable[[list[Any]], None]) -> Callable[[Any], None]:
@@ -246,13 +259,12 @@ class _Machine(pickle._Unpickler):
     """Python's unpickler without imports, without objects of classes, and with scalars alone as keys."""
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
-        code: _checked(load, _CHECKS[code]) if code in _CHECKS else load
+        code: _refuse if code in _OBJECTS else _checked(load, _CHECKS[code]) if code in _CHECKS else load
         for code, load in pickle._Unpickler.dispatch.items()
-        if code not in _UNKNOWN_OPCODES
     }
 
     def find_class(self, module: str, name: str) -> Any:
         try:
             return _KNOWN[module, name]
         except KeyError:
-            raise Refused(f"it asks for {module}.{name}") from None
+            raise Refused(f"it asks for {f'{module}.{name}'!r}") from None
