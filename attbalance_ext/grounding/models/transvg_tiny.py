@@ -89,14 +89,28 @@ class TransVGTiny(GroundingModel):
         *,
         attention_only: bool = False,
     ) -> Tensor:
-        batch, visual, _ = images.shape  # from here on, tokens are sequence-first
-        text = self.text_projection(self.text_encoder(words, word_padding))
-        reg = self.reg + mean_of_words(text, word_padding)
-        text = text + self.text_positions[: words.shape[1], None]
-        image = self.visual_projection(images.transpose(0, 1)) + self.visual_positions[:, None]
-        tokens = torch.cat([reg, text, image])
+        text = self.text_encoder(words, word_padding)
+        ignored = None if padding is None else token_padding(padding, self.image_encoder.grid)
+        return self.fuse(text, word_padding, images, ignored, attention_only=attention_only)
+
+    def fuse(
+        self,
+        text: Tensor,
+        word_padding: Tensor,
+        visual: Tensor,
+        visual_padding: Tensor | None,
+        *,
+        attention_only: bool = False,
+    ) -> Tensor:
+        """text (T, B, D), visual (B, N, D) -> boxes (B, 4), or empty; the paddings are (B, T) and (B, N)."""
+        batch, count, _ = visual.shape  # from here on, tokens are sequence-first
+        words = self.text_projection(text)
+        reg = self.reg + mean_of_words(words, word_padding)
+        words = words + self.text_positions[: len(words), None]
+        image = self.visual_projection(visual.transpose(0, 1)) + self.visual_positions[:, None]
+        tokens = torch.cat([reg, words, image])
         never = word_padding.new_zeros(batch, 1)
-        no_image = never.expand(-1, visual) if padding is None else token_padding(padding, self.image_encoder.grid)
+        no_image = never.expand(-1, count) if visual_padding is None else visual_padding
         ignored = torch.cat([never, word_padding, no_image], dim=1)
         for layer in self.fusion[:-1]:
             tokens = layer(tokens, ignored)
@@ -107,9 +121,9 @@ class TransVGTiny(GroundingModel):
 
     def make_tap(self, *, every_layer: bool = False) -> AttentionTap:
         chosen = range(self.layers) if every_layer else self.supervised
-        height, width = self.image_encoder.grid
         layers = cast(Sequence[EncoderLayer], self.fusion)
-        return AttentionTap([layers[index].attention for index in chosen], query=0, visual=slice(-height * width, None))
+        visual = slice(-len(self.visual_positions), None)
+        return AttentionTap([layers[index].attention for index in chosen], query=0, visual=visual)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         text = list(self.text_encoder.parameters())
