@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_full_size import (
+from helpers_models import (
     CANVAS,
     WORDS,
     assert_attention_is_fused,
@@ -56,7 +56,7 @@ def test_the_tap_reads_regs_attention_to_the_visual_tokens(model: TransVG) -> No
 def test_every_layer_can_be_tapped(model: TransVG) -> None:
     tap = model.make_tap(every_layer=True)
     with tap.recording(), torch.no_grad():
-        model(*problem())
+        model(*problem(model))
     assert len(tap.attention().key) == 6
     tap.remove()
 
@@ -77,7 +77,7 @@ def test_a_teacher_stops_when_all_have_attended(model: TransVG) -> None:
     ]
     tap = model.make_tap()
     with tap.recording(), torch.no_grad():
-        assert model(*problem(), attention_only=True).numel() == 0
+        assert model(*problem(model), attention_only=True).numel() == 0
     assert len(tap.attention().key) == 4
     assert not ran
     for handle in [*handles, tap]:
@@ -171,7 +171,7 @@ def test_batch_norm_is_frozen(model: TransVG) -> None:
     before = {name: buffer.clone() for name, buffer in model.visual_branch.resnet.named_buffers()}
     model.train()
     with torch.no_grad():
-        model.visual_branch(*problem()[:2])
+        model.visual_branch(*problem(model)[:2])
     model.eval()
     assert len(before) == 4 * 53
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.visual_branch.resnet.named_buffers())
@@ -180,8 +180,9 @@ def test_batch_norm_is_frozen(model: TransVG) -> None:
 def test_random_resnet_features_keep_their_size() -> None:
     """Frozen batch norm without statistics does not normalise; 33 blocks would make of 1 what no half holds."""
     branch = VisualBranch(depth=101, image_size=CANVAS)
+    images = torch.randint(0, 256, (2, 3, CANVAS, CANVAS)).to(torch.uint8)
     with torch.no_grad():
-        features = branch.resnet(branch.normalise(*problem()[:2])).feature_maps[-1]
+        features = branch.resnet(branch.normalise(images, None)).feature_maps[-1]
     assert 0.01 < features.std() < 10
 
 
@@ -236,11 +237,11 @@ def detr(tmp_path_factory: pytest.TempPathFactory) -> tuple[DetrForObjectDetecti
     return model, folder
 
 
-def test_visual_branch_is_detrs_encoder(detr: tuple[DetrForObjectDetection, Path]) -> None:
+def test_visual_branch_is_detrs_encoder(model: TransVG, detr: tuple[DetrForObjectDetection, Path]) -> None:
     """Weights, frozen statistics, positions and padding: the same tokens as transformers' DETR."""
     original, folder = detr
     branch = VisualBranch(depth=50, image_size=CANVAS, weights=str(folder)).eval()
-    images, padding, _, _ = problem()
+    images, padding, _, _ = problem(model)
     padding[1, :, 60:64] = False  # DETR asks one pixel of a token, this branch all of them
     with torch.no_grad():
         expected = original(
@@ -271,10 +272,10 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> tuple[BertModel, Path]:
 
 
 @pytest.mark.parametrize("last_layers", [1, 4])
-def test_text_branch_is_bert(bert: tuple[BertModel, Path], last_layers: int) -> None:
+def test_text_branch_is_bert(model: TransVG, bert: tuple[BertModel, Path], last_layers: int) -> None:
     original, folder = bert
     branch = TextBranch(vocabulary_size=WORDS, max_words=20, weights=str(folder), last_layers=last_layers).eval()
-    _, _, words, padding = problem()
+    _, _, words, padding = problem(model)
     with torch.no_grad():
         outputs = original(words, attention_mask=(~padding).long(), output_hidden_states=True)
         features = branch(words, padding)

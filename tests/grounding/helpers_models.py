@@ -1,4 +1,4 @@
-"""What the tests of every full-size model ask, on a canvas of 96 pixels: a grid of 3 x 3."""
+"""What the tests of several models ask, on a canvas of 3 x 3 visual tokens."""
 
 from __future__ import annotations
 
@@ -15,29 +15,33 @@ WORDS = 40
 """Size of the vocabulary."""
 
 CANVAS = 96
+"""Of the full-size models: 3 tokens of 32 pixels."""
 
 
-def problem(batch: int = 2) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """images, their padding, words and theirs; the second sample has padding of both kinds, a token wide and more."""
-    images = torch.randint(0, 256, (batch, 3, CANVAS, CANVAS)).to(torch.uint8)
-    padding = torch.zeros(batch, CANVAS, CANVAS, dtype=torch.bool)
-    padding[1, :, 60:] = True
-    words = torch.randint(1, WORDS, (batch, 7))
-    word_padding = torch.zeros(batch, 7, dtype=torch.bool)
+def problem(model: GroundingModel) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """prepared images, their padding, words and theirs; in the second sample the third column of tokens is padding."""
+    side = model.canvas
+    images = model.prepare(torch.randint(0, 256, (2, 3, side, side)).to(torch.uint8))
+    padding = torch.zeros(2, side, side, dtype=torch.bool)
+    padding[1, :, side * 5 // 8 :] = True
+    words = torch.randint(1, WORDS, (2, 7))
+    word_padding = torch.zeros(2, 7, dtype=torch.bool)
     word_padding[1, 4:] = True
     return images, padding, words, word_padding
 
 
 def assert_padding_is_invisible(model: GroundingModel) -> None:
-    """Neither what padded words and pixels hold nor how many words are padded changes a box."""
-    images, padding, words, word_padding = problem()
+    """Neither what padded words and pixels (or prepared tokens) hold nor how many words are padded changes a box."""
+    images, padding, words, word_padding = problem(model)
+    hidden = padding[:, None] if model.image_encoder is None else (torch.arange(9) % 3 == 2)[None, :, None]
+    changed = images.masked_fill(hidden, 77)
+    changed[0] = images[0]
     with torch.no_grad():
         boxes = model(images, padding, words, word_padding)
-        other = model(
-            images.masked_fill(padding[:, None], 77), padding, words.masked_fill(word_padding, 9), word_padding
-        )
+        other = model(changed, padding, words.masked_fill(word_padding, 9), word_padding)
         shorter = model(images[1:], padding[1:], words[1:, :4], word_padding[1:, :4])
         unpadded = model(images, None, words, word_padding)
+    assert not torch.equal(changed, images)
     assert ((boxes > 0) & (boxes < 1)).all()
     torch.testing.assert_close(other, boxes)
     torch.testing.assert_close(shorter, boxes[..., 1:, :])
@@ -50,7 +54,7 @@ def assert_tap_reads(model: GroundingModel, attention: nn.MultiheadAttention, vi
     seen: list[tuple[Tensor, Tensor]] = []
     handle = attention.register_forward_pre_hook(lambda module, args: seen.append((args[0], args[1])))
     tap = model.make_tap()
-    inputs = problem()
+    inputs = problem(model)
     with torch.no_grad(), tap.recording():
         model(*inputs)
     record = tap.attention()
@@ -77,7 +81,7 @@ def parameters_without_gradient(model: GroundingModel) -> list[str]:
     """
     teacher = MomentumTeacher(model, lambda module: module.make_tap())
     tap = model.make_tap()
-    inputs = problem()
+    inputs = problem(model)
     targets = torch.tensor([[0.4, 0.5, 0.3, 0.6], [0.3, 0.3, 0.4, 0.2]])
     with tap.recording():
         boxes = model(*inputs)
@@ -115,7 +119,7 @@ class Operations(TorchDispatchMode):
 def assert_attention_is_fused(model: GroundingModel) -> None:
     """No softmax of its own, and no tensor of tokens by tokens."""
     with torch.no_grad(), Operations() as ran:
-        model(*problem())
+        model(*problem(model))
     assert any("scaled_dot_product" in name for name in ran.names)
     assert not any("softmax" in name for name in ran.names)
     assert not [shape for shape in ran.shapes if len(shape) > 2 and shape[-2:] == (9, 9)]
