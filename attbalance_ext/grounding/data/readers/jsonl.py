@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +40,21 @@ class JsonLines(Source):
         return list(dict.fromkeys(stem.rpartition(".")[0] or _PLAIN for stem in stems))
 
     def splits(self) -> list[str]:
-        stems = {path.name.removesuffix(".jsonl") for path in self.root.glob("*.jsonl")}
-        named = {stem.removeprefix(f"{name}.") for name in self._names for stem in stems if stem.startswith(f"{name}.")}
-        found = named or {stem for stem in stems if "." not in stem}
+        found = {
+            path.name[len(self._prefix) : -len(".jsonl")] for path in self.root.glob(f"{escape(self._prefix)}*.jsonl")
+        }
+        found = {split for split in found if "." not in split}
         usual = [split for split in ("train", "val", "test", "testA", "testB", "trainval") if split in found]
         return usual + sorted(found - set(usual))
 
     def expected(self, split: str) -> Path:
-        named = [self.root / f"{name}.{split}.jsonl" for name in self._names if name != _PLAIN]
-        plain = self.root / f"{split}.jsonl"
-        return next((path for path in [*named, plain] if path.is_file()), plain)
+        return self.root / f"{self._prefix}{split}.jsonl"
+
+    @cached_property
+    def _prefix(self) -> str:
+        """What the files' names begin with: the data set's name, or nothing where no file bears it."""
+        prefixes = (f"{name}." for name in self._names)
+        return next((prefix for prefix in prefixes if any(self.root.glob(f"{escape(prefix)}*.jsonl"))), "")
 
     def read(self, split: str) -> list[Annotation]:
         path = self.expected(split)
