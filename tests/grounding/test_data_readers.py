@@ -227,6 +227,13 @@ def test_unreadable_images_are_named(tmp_path: Path) -> None:
         open_dataset("jsonl", "train", root=tmp_path)
 
 
+def test_an_image_of_another_size_is_named(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.jpg", (64, 48))
+    write_lines(tmp_path / "train.jsonl", [line(width=640, height=480)])
+    with pytest.raises(UserError, match=r"a\.jpg is \(64, 48\) pixels large; its annotations are for \(640, 480\)"):
+        open_dataset("jsonl", "train", root=tmp_path).pixels(0)
+
+
 def test_a_missing_split_names_every_path(tmp_path: Path) -> None:
     write_split(tmp_path, "unc", "train", [])
     with pytest.raises(UserError) as raised:

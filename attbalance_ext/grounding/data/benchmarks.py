@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,9 +72,3 @@ def find_benchmark(name: str) -> Benchmark | None:
     if name == "refcocog":
         raise UnknownData("'refcocog' is split in two ways: say 'refcocog-umd' or 'refcocog-google'")
     return next((benchmark for benchmark in BENCHMARKS if name in benchmark.names), None)
-
-
-def known_names() -> Iterator[str]:
-    """Every name of every published data set, aliases with it."""
-    for benchmark in BENCHMARKS:
-        yield " = ".join(benchmark.names)

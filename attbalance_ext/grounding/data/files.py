@@ -40,14 +40,17 @@ class FileDataset:
     def pixels(self, index: int) -> Image.Image:
         """The picture of sentence ``index``, RGB, as stored: boxes are in stored pixels, so EXIF turns nothing.
 
-        Raises ``UserError`` that names the file where it cannot be read.
+        Raises ``UserError`` that names the file where it cannot be read or is not of the size that its boxes are for.
         """
-        path = self.annotations[index].image
+        path, size = self.annotations[index].image, self.annotations[index].size
         try:
             with Image.open(path) as image:
-                return image.convert("RGB")
+                pixels = image.convert("RGB")
         except UNREADABLE as error:
             raise UserError(f"{path} cannot be read as an image: {error}") from None
+        if size not in (None, pixels.size):
+            raise UserError(f"{path} is {pixels.size} pixels large; its annotations are for {size}")
+        return pixels
 
     def box(self, index: int) -> Box:
         """Corners in pixels of the picture."""
@@ -87,7 +90,7 @@ def open_dataset(name: str, split: str, *, root: Path, wrong_boxes: str = "skip"
     read = [annotation for part in parts for annotation in source.read(part)]
     if not read:
         raise UserError(f"{source.expected(split)} holds no annotation of {name} {split}")
-    kept, found = treat(with_sizes(read), _size, wrong_boxes)
+    kept, found = treat(_with_sizes(read), _size, wrong_boxes)
     if found.total:
         _log.warning("%s %s: %s", name, split, found)
     return FileDataset(name, split, kept, found)
@@ -105,7 +108,7 @@ def _source(name: str, split: str, root: Path) -> Source:
     raise UserError(f"no split {split!r} of {name!r}: expected {wanted}; there is {'; '.join(there) or 'none'}")
 
 
-def with_sizes(annotations: list[Annotation]) -> list[Annotation]:
+def _with_sizes(annotations: list[Annotation]) -> list[Annotation]:
     """Fill in the sizes of the images, from their headers where the format does not know them.
 
     Raises ``UserError`` where an image is missing or its header cannot be read.

@@ -64,7 +64,7 @@ def _guarded(path: Path, read: Callable[[bytes], Any]) -> Any:
         return read(content)
     except Refused as error:
         raise UserError(f"{path} is refused, nothing in it was run: {error}") from None
-    except (*_DAMAGE, RecursionError, MemoryError) as error:
+    except _DAMAGE as error:
         raise UserError(f"{path} is damaged or of another kind ({type(error).__name__}: {error})") from None
 
 
@@ -78,7 +78,8 @@ _DAMAGE = (
     TypeError,
     AttributeError,
     OverflowError,
-    NotImplementedError,
+    RuntimeError,
+    MemoryError,
 )
 """What the machine raises on bytes that are no pickle."""
 
