@@ -318,6 +318,13 @@ def test_only_the_image_encoder_is_frozen(tiny: Case) -> None:
     assert tiny.model.prepare(tiny.images).shape == (3, 64, 64)
 
 
+def test_the_tiny_neck_starts_by_passing_on() -> None:
+    model = build_model("qrnet-tiny", vocabulary_size=50, image_size=64)
+    level = torch.randn(2, 64, 8, 8)
+    for smooth in model.neck.smooth:
+        torch.testing.assert_close(smooth(level), level)
+
+
 # The full-size model.
 
 

@@ -55,6 +55,8 @@ class QRNetTiny(TransVGTiny):
 
     * *Two modulated stages* where QRNet has four, on a frozen bottom where QRNet trains all of Swin.
     * *Global attention* in the second stage: one of Swin's windows would hold all of its 16 tokens.
+    * *A neck that starts by passing on*: its 3 x 3 convolutions begin as the identity, so that what a frozen token says
+      of its cell is not mixed with eight neighbours first.
     * *No extra level*: the two grids are the neck's two levels, where QRNet subsamples its last one.
     * *The sentence's feature* is the mean of its words' features; there is no first token as BERT's.
 
@@ -68,6 +70,9 @@ class QRNetTiny(TransVGTiny):
         super().__init__(image_size=image_size, dim=dim, heads=heads, hidden=hidden, **options)
         self.stages = ModulatedStages(self.image_encoder.grid, dim, heads, hidden)
         self.neck = QueryModulatedNeck(self.stages.channels, dim, sentence_dim=dim, rank=RANK)
+        for parameter in self.neck.smooth.parameters():
+            if parameter.dim() > 1:
+                nn.init.dirac_(parameter)
         self.tokens = LevelTokens(len(self.stages.grids), dim)
         self.grids = self.stages.grids
         self.visual_positions = nn.Parameter(torch.cat([sine_positions(*grid, dim) for grid in self.grids]))
