@@ -56,9 +56,10 @@ class TextBranch(nn.Module):
 
     def forward(self, words: Tensor, padding: Tensor) -> Tensor:
         """(B, T) int64 and (B, T) bool, True = ignore -> (B, T, 768)."""
-        # A mask in its final shape is taken as it is; transformers would look into a (B, T) mask on the host.
+        # Layer by layer: transformers' own way to keep the layers' outputs cannot be compiled, and it would look into a
+        # mask on the host. (B, 1, 1, T) is what its layers take.
         seen = ~padding[:, None, None]
-        if self.last_layers == 1:
-            return self.bert(words, attention_mask=seen).last_hidden_state
-        states = self.bert(words, attention_mask=seen, output_hidden_states=True).hidden_states
+        states = [self.bert.embeddings(words)]
+        for layer in self.bert.encoder.layer:
+            states.append(layer(states[-1], seen))
         return torch.stack(states[-self.last_layers :]).mean(0)
