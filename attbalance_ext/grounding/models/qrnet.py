@@ -57,8 +57,8 @@ class QRNet(GroundingModel):
 
     Parameters, in millions: BERT without pooler 108.89; Swin-S 48.84, its four dynamic attentions 68.84, the neck's
     three 36.78, the neck's convolutions 2.73; projections 0.26, positions 0.13, fusion layers 7.89, box head 0.13. In
-    all 274.5. The literature has about 273 for QRNet: how many layers the neck's convolutions and norms have is not
-    said there. Three eighths of the model is the prediction of the dynamic factors, (inputs + 1) x 30 x 768 each.
+    all 274.5. The literature has about 273; what the neck's convolutions are is a choice here (FPN's, one 3 x 3 each).
+    Three eighths of the model predict the dynamic factors, (inputs + 1) x 30 from 768 numbers each.
 
     Args:
         max_words: longest sentence in tokens, both special ones included.

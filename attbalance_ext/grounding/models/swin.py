@@ -35,7 +35,7 @@ class ModulatedSwin(nn.Module):
     weights: a folder or hub id of a transformers Swin checkpoint with the design of :data:`SWIN_S`; None: random.
 
     Raises:
-        UserError: transformers is missing; the weights are of another design or incomplete.
+        UserError: the weights are of another design or not whole.
     """
 
     channels = (96, 192, 384, 768)
