@@ -106,5 +106,5 @@ class VLTVGTiny(GroundingModel):
 
 
 def vltvg_tiny(**options: object) -> VLTVGTiny:
-    """0.3 million parameters: learns the built-in benchmark on a laptop CPU in two minutes."""
+    """0.3 million parameters: learns the built-in benchmark on a laptop CPU in a few minutes."""
     return VLTVGTiny(**options)  # type: ignore[arg-type]
