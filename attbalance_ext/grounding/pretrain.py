@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from attbalance_ext import AttBalanceConfig, AttBalanceLoss, BoxRegion
 from attbalance_ext.grounding.data import VALUES, GroundingDataset, Objects
+from attbalance_ext.grounding.errors import UserError
 from attbalance_ext.grounding.files import load_checkpoint, save_checkpoint
 from attbalance_ext.grounding.models.vision import ConvEncoder
 from attbalance_ext.grounding.order import DataOrder
@@ -28,11 +29,14 @@ SEED = 0
 def load_pretrained(
     encoder: ConvEncoder, dataset: GroundingDataset, steps: int, device: torch.device, folder: Path
 ) -> None:
-    """Pre-train ``encoder`` on the scenes of ``dataset`` and keep the result in ``folder``; the next call reads it."""
+    """Pre-train ``encoder`` on the scenes of ``dataset`` and keep the result in ``folder``; the next call reads it.
+
+    A file that is damaged or of another version is made again.
+    """
     path = folder / f"{_fingerprint(encoder, dataset, steps)}.pt"
-    if path.exists():
+    try:
         encoder.load_state_dict(load_checkpoint(path)["encoder"])
-    else:
+    except (UserError, KeyError, RuntimeError):
         pretrain(encoder, dataset, steps, device)
         save_checkpoint(path, {"encoder": encoder.state_dict()})
 
