@@ -34,7 +34,7 @@ from transformers import (
 
 from attbalance_ext.grounding.models.text_branch import BERT_BASE, TextBranch
 from attbalance_ext.grounding.models.transvg import Fusion, TransVG
-from attbalance_ext.grounding.models.visual_branch import DEPTHS, DETR, RESNET, VisualBranch
+from attbalance_ext.grounding.models.visual_branch import DEPTHS, DETR, OWN_BACKBONE, RESNET, VisualBranch
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +219,7 @@ def test_forward_at_true_size() -> None:
 
 def detr_config(depth: int = 50, **changes: Any) -> DetrConfig:
     backbone = ResNetConfig(**RESNET, depths=DEPTHS[depth], out_features=["stage4"])
-    return DetrConfig(**{**DETR, "num_queries": 3, "backbone_config": backbone, "use_timm_backbone": False, **changes})
+    return DetrConfig(**{**DETR, "num_queries": 3, "backbone_config": backbone, **OWN_BACKBONE, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -318,7 +318,7 @@ def test_half_precision_weights_become_float32(bert: tuple[BertModel, Path], tmp
         (detr_config(), "text_weights", "is a detr model; wanted: bert"),
         (detr_config(101), "vision_weights", r"depths \[3, 4, 23, 3\]; .*wants \[3, 4, 6, 3\]"),
         (detr_config(encoder_ffn_dim=1024), "vision_weights", "encoder_ffn_dim 1024; .*wants 2048"),
-        (DetrConfig(), "vision_weights", "backbone of type 'timm_backbone'.*revision no_timm"),
+        (DetrConfig(), "vision_weights", "backbone of type .*revision no_timm"),
         (bert_config(), "vision_weights", "is a bert model; wanted: detr"),
     ],
 )

@@ -33,6 +33,8 @@ RESNET = {
     "downsample_in_first_stage": False,
     "downsample_in_bottleneck": False,
 }
+OWN_BACKBONE = {"use_timm_backbone": False, "use_pretrained_backbone": False}
+"""What transformers 5.0 has to be told for a ResNet of its own that it is not to fetch weights for."""
 
 
 class VisualTokens(NamedTuple):
@@ -119,7 +121,7 @@ def _detr(depth: int, weights: str | None) -> DetrModel:
     """A DETR without decoder."""
     if weights is None:
         backbone = ResNetConfig(**RESNET, depths=DEPTHS[depth], out_features=["stage4"])
-        return DetrModel(DetrConfig(**DETR, decoder_layers=0, backbone_config=backbone, use_timm_backbone=False))
+        return DetrModel(DetrConfig(**DETR, **OWN_BACKBONE, decoder_layers=0, backbone_config=backbone))
     config: PretrainedConfig = read_config("vision_weights", weights, "detr")
     require_design("vision_weights", weights, config, DETR)
     found = getattr(config.backbone_config, "model_type", None)
@@ -130,6 +132,7 @@ def _detr(depth: int, weights: str | None) -> DetrModel:
         )
     require_design("vision_weights", weights, config.backbone_config, {**RESNET, "depths": DEPTHS[depth]})
     config.decoder_layers = 0
+    config.use_pretrained_backbone = False
     return load("vision_weights", weights, DetrModel, config)
 
 
