@@ -64,7 +64,7 @@ def test_against_the_equations(case: dict[str, Any]) -> None:
 def test_the_host_models_shape() -> None:
     """N=400 and D=256, whose tokens several programs share."""
     problem = make_problem(layers=2, batch=1, tokens=400, width=256, padded=True, teacher_distance=1e-2)
-    assert forward_plan(2, 400, 256, 8).splits > 1
+    assert forward_plan(2, 400, 256, 8, vector=4).splits > 1
     assert_solves(solve(problem, "triton"), literal(problem))
 
 
@@ -72,7 +72,7 @@ def test_the_host_models_shape() -> None:
 def test_wide_keys(width: int) -> None:
     """Beyond 1024 columns, several programs share the key sums."""
     problem = make_problem(layers=1, batch=2, tokens=21, width=width, key_dtype=(BF16,), padded=True)
-    assert (forward_plan(2, 21, width, 8).chunks > 1) == (width > 1024)
+    assert (forward_plan(2, 21, width, 8, vector=2).chunks > 1) == (width > 1024)
     assert_solves(solve(problem, "triton"), literal(problem))
 
 
@@ -245,11 +245,19 @@ def test_splits_fill_the_device_and_no_more() -> None:
     for multiprocessors in (1, 16, 132, 148):
         for rows in (1, 6, 48, 192, 100_000):
             for tokens in (1, 31, 400, 1369, 20_000):
-                plan = forward_plan(rows, tokens, 256, multiprocessors)
+                plan = forward_plan(rows, tokens, 256, multiprocessors, vector=8)
                 assert 1 <= plan.splits <= 16
                 assert plan.splits == 1 or plan.splits * rows <= 4 * multiprocessors
                 assert plan.splits == 1 or tokens // plan.splits >= 4 * plan.block_tokens
                 block_tokens, block_dim = backward_blocks(rows, tokens, 256, multiprocessors)
                 assert block_tokens * block_dim <= 4096
-    assert forward_plan(48, 400, 256, 132).splits > 4
-    assert forward_plan(384, 400, 256, 132).splits == 1
+    assert forward_plan(48, 400, 256, 132, vector=8).splits > 4
+    assert forward_plan(384, 400, 256, 132, vector=8).splits == 1
+
+
+@pytest.mark.parametrize("dim", [1, 7, 32, 250, 256, 768, 1024, 2048])
+def test_a_thread_holds_few_keys_whatever_its_loads_read(dim: int) -> None:
+    for vector in (1, 2, 4, 8):
+        plan = forward_plan(48, 400, dim, 132, vector=vector)
+        assert plan.block_tokens >= 2
+        assert plan.block_tokens * plan.block_dim <= 128 * 16

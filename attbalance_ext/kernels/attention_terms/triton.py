@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
@@ -16,8 +17,13 @@ from attbalance_ext.kernels.attention_terms.triton_forward import PARTS, attend,
 from attbalance_ext.kernels.dtypes import DTYPES
 
 MAX_LAYERS = 16  # of one launch
+_WARPS = 4
 # No multiplication and addition is contracted: the bits of region weights are the reference's.
-_EXACT = {"enable_fp_fusion": False}
+_OPTIONS: dict[str, object] = {"num_warps": _WARPS, "enable_fp_fusion": False}
+if torch.version.hip is None:
+    # Three programs of 128 threads share the 65536 registers of a multiprocessor. Left to choose, ptxas spills a few
+    # registers to fit one program more.
+    _OPTIONS["maxnreg"] = 168
 
 
 class ForwardPlan(NamedTuple):
@@ -38,10 +44,15 @@ class ForwardPlan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def forward_plan(rows: int, tokens: int, dim: int, multiprocessors: int) -> ForwardPlan:
-    """As many programs as fill the device, but none with less than four blocks of tokens."""
+def forward_plan(rows: int, tokens: int, dim: int, multiprocessors: int, vector: int) -> ForwardPlan:
+    """As many programs as fill the device, but none with less than four blocks of tokens.
+
+    vector: columns that one load reads. A block is two loads of each thread, or two tokens where that is more: every
+    thread that holds a part of a token keeps all of its softmax, so few columns of many tokens would not fit into its
+    registers.
+    """
     block_dim = min(max(triton.next_power_of_2(dim), 32), 1024 if dim <= 1024 else 512)
-    block_tokens = min(max(2048 // block_dim, 4), 32)
+    block_tokens = max(2 * 32 * _WARPS * vector // block_dim, 2)
     splits = max(min(4 * multiprocessors // max(rows, 1), tokens // (4 * block_tokens), 16), 1)
     return ForwardPlan(
         splits=splits,
@@ -62,6 +73,14 @@ def backward_blocks(rows: int, tokens: int, dim: int, multiprocessors: int) -> t
     while block_tokens > 16 and rows * -(-tokens // block_tokens) < 4 * multiprocessors:
         block_tokens //= 2
     return block_tokens, block_dim
+
+
+def _vector(key: Tensor) -> int:
+    """Columns that one load reads: 128 bits, where Triton sees the alignment, which it does in multiples of 16 only."""
+    batch_stride, token_stride, _ = key.stride()
+    if batch_stride % 16 or token_stride % 16 or key.data_ptr() % 16:
+        return 1
+    return math.gcd(key.shape[2], 16 // key.element_size())
 
 
 @functools.cache
@@ -113,7 +132,8 @@ def attention_terms(
     """The op `attention_terms.triton`, see ``ops.py``."""
     layers, (batch, tokens, dim) = len(key), key[0].shape
     rows, with_teacher = layers * batch, bool(teacher_key)
-    plan = forward_plan(rows, tokens, dim, _multiprocessors(key[0].device))
+    vector = min(map(_vector, (*key, *teacher_key)))
+    plan = forward_plan(rows, tokens, dim, _multiprocessors(key[0].device), vector)
 
     def floats(*shape: int) -> Tensor:
         return query[0].new_empty(shape)
@@ -137,7 +157,9 @@ def attention_terms(
     with torch.cuda.device_of(key[0]):
         for run in _runs(kinds):
             teacher: tuple[object, ...] = (None, None, None, None, 0, 0)
+            key_size = key[run.start].element_size()
             if with_teacher:
+                key_size = max(key_size, teacher_key[run.start].element_size())
                 teacher = _layers_of(run, teacher_query, teacher_key, teacher_factor, teacher_rest)
             attend[((run.stop - run.start) * batch * plan.splits, plan.chunks)](
                 *_layers_of(run, query, key, factor, rest),
@@ -158,8 +180,8 @@ def attention_terms(
                 dim=dim,
                 block_tokens=plan.block_tokens,
                 block_dim=plan.block_dim,
-                num_warps=4 if plan.block_dim < 512 else 8,
-                **_EXACT,
+                group=16 // key_size,
+                **_OPTIONS,
             )
         finish[(rows,)](
             padding,
@@ -182,8 +204,7 @@ def attention_terms(
             block_splits=plan.merged_splits,
             block_tokens=256,
             block_dim=plan.merged_dim,
-            num_warps=4,
-            **_EXACT,
+            **_OPTIONS,
         )
     return in_box, rac, mrc, valid, log_p, log_t, stats, key_means
 
@@ -256,8 +277,7 @@ def attention_terms_backward(
                 dim=dim,
                 block_tokens=block_tokens,
                 block_dim=block_dim,
-                num_warps=4,
-                **_EXACT,
+                **_OPTIONS,
             )
     return [g for g in grad_query if g is not None], [g for g in grad_key if g is not None]
 

@@ -31,34 +31,49 @@ _IN, _OUT, _TEACHER, _REGION, PARTS = (tl.constexpr(place) for place in (0, 2, 4
 
 @triton.jit
 def _load_keys(keys, token, token_stride, live, column, dim: tl.constexpr):
-    """(tokens, columns) in float32; 0 where not `live`."""
-    place = token.to(tl.int64)[:, None] * token_stride + column[None, :]
-    return tl.load(keys + place, mask=live[:, None] & (column < dim)[None, :], other=0.0).to(tl.float32)
+    """(tokens, groups, group) in float32; 0 where not `live`."""
+    place = token.to(tl.int64)[:, None, None] * token_stride + column[None, :, :]
+    return tl.load(keys + place, mask=live[:, None, None] & (column < dim)[None, :, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _dot(query, key, group: tl.constexpr):
-    """q . k of each token in float64; `group` neighbours, which one thread holds, in float32."""
-    products = query[None, :] * key
-    groups = tl.reshape(products, (key.shape[0], key.shape[1] // group, group))
-    return tl.sum(tl.sum(groups, 2).to(tl.float64), 1)
+def _columns(first, block: tl.constexpr, group: tl.constexpr):
+    """`block` columns from `first`, as (groups, group)."""
+    return first + tl.arange(0, block // group)[:, None] * group + tl.arange(0, group)[None, :]
 
 
 @triton.jit
-def _scores(query, keys, b, token, token_stride, live, scale, rest, dim: tl.constexpr, block: tl.constexpr):
-    """scale * q . k of each token in float64, NaN where it is not finite; and the last block of keys that it read."""
-    group: tl.constexpr = 16 // (keys.dtype.element_ty.primitive_bitwidth // 8)  # neighbours in a 128-bit load
-    score = tl.zeros_like(token).to(tl.float64)
-    key = tl.zeros([token.shape[0], block], tl.float32)
-    for first in range(0, dim, block):
-        column = first + tl.arange(0, block)
-        key = _load_keys(keys, token, token_stride, live, column, dim)
-        score += _dot(load_query(query, b, column, dim), key, group)
+def _dot(query, key):
+    """q . k of each token in float64; groups of neighbours in float32."""
+    return tl.sum(tl.sum(query[None, :, :] * key, 2).to(tl.float64), 1)
+
+
+@triton.jit
+def _scores(
+    query,
+    keys,
+    key,
+    b,
+    token,
+    token_stride,
+    live,
+    scale,
+    rest,
+    dim: tl.constexpr,
+    block: tl.constexpr,
+    group: tl.constexpr,
+):
+    """scale * q . k of each token in float64, NaN where it is not finite. key: the first `block` columns."""
+    score = _dot(load_query(query, b, _columns(0, block, group), dim), key)
+    for first in range(block, dim, block):
+        column = _columns(first, block, group)
+        further = _load_keys(keys, token, token_stride, live, column, dim)
+        score += _dot(load_query(query, b, column, dim), further)
     score *= scale.to(tl.float64) + rest.to(tl.float64)
     near = score.to(tl.float32)
     # The largest score is kept as float32: from where half of its last digit is worth more than 1, exp would overflow.
     score = tl.where(tl.abs(near) < 1e6, score, near.to(tl.float64))
-    return tl.where(tl.abs(near) < _INF, score, float("nan")), key
+    return tl.where(tl.abs(near) < _INF, score, float("nan"))
 
 
 @triton.jit
@@ -70,7 +85,7 @@ def _absorb(score, weight, key, largest, total, key_sum, with_keys: tl.constexpr
     share = tl.where(counted, weight * tl.exp((score - top).to(tl.float32)), 0.0)
     total = total * correction + share
     if with_keys:
-        key_sum = tl.fma(share[:, None], key, key_sum * correction[:, None])
+        key_sum = tl.fma(share[:, None, None], key, key_sum * correction[:, None, None])
     return top, total, key_sum
 
 
@@ -89,7 +104,7 @@ def _store_slots(part, sums, column, largest, total, key_sum, first, dim: tl.con
         tl.store(part, top)
         tl.store(part + 1, tl.sum(total * factor, 0))
     if with_keys:
-        tl.store(sums + column, tl.sum(key_sum * factor[:, None], 0), mask=column < dim)
+        tl.store(sums + column, tl.sum(key_sum * factor[:, None, None], 0), mask=column < dim)
 
 
 @triton.jit(do_not_specialize=["first_layer", "batch", "tokens", "splits", "split_tokens"])
@@ -122,15 +137,20 @@ def attend(
     dim: tl.constexpr,
     block_tokens: tl.constexpr,
     block_dim: tl.constexpr,
+    group: tl.constexpr,
 ):
-    """Scores, softmax sums and key sums of one split of one row. Grid: (rows of this launch * splits, chunks)."""
+    """Scores, softmax sums and key sums of one split of one row. Grid: (rows of this launch * splits, chunks).
+
+    Columns are (block_dim / group, group) throughout, where a group is what a 128-bit load reads: reshaped halfway,
+    keys and their sums would be in registers in two layouts.
+    """
     with_keys: tl.constexpr = key_sums is not None
     with_teacher: tl.constexpr = teacher_key is not None
     split, row = tl.program_id(0) % splits, tl.program_id(0) // splits
     layer, b = row // batch, row % batch
     row = (first_layer * batch + row).to(tl.int64)
     chunk = tl.program_id(1)
-    column = chunk * block_dim + tl.arange(0, block_dim)
+    first_columns, column = _columns(0, block_dim, group), _columns(chunk * block_dim, block_dim, group)
 
     q, keys = of_layer(query, layer), of_layer(key, layer) + b.to(tl.int64) * key_batch_stride
     factor, rest = of_layer(scale, layer), of_layer(scale_rest, layer)
@@ -143,19 +163,24 @@ def attend(
     out_top, teacher_top = in_top, in_top
     in_sum = tl.zeros([block_tokens], tl.float32)
     out_sum, teacher_sum, largest_weight = in_sum, in_sum, in_sum
-    in_keys = tl.zeros([block_tokens, block_dim], tl.float32)
+    in_keys = tl.zeros([block_tokens, block_dim // group, group], tl.float32)
     out_keys, teacher_keys_sum = in_keys, in_keys
     end = tl.minimum((split + 1) * split_tokens, tokens)
     for base in range(split * split_tokens, end, block_tokens):
         token = base + tl.arange(0, block_tokens)
         live = live_tokens(padding, b, token, end, tokens)
+        # Both are read before either is used, so that they are on their way together.
+        k = _load_keys(keys, token, key_token_stride, live, first_columns, dim)
+        if with_teacher:
+            teacher_k = _load_keys(teacher_keys, token, teacher_token_stride, live, first_columns, dim)
         m = region_weight(region, b, token, tokens, live, grids, rule)
         largest_weight = tl.where((m > largest_weight) | (m != m), m, largest_weight)
         m = clamped(m)
         if with_teacher:
-            teacher_score, _ = _scores(
+            teacher_score = _scores(
                 teacher_q,
                 teacher_keys,
+                teacher_k,
                 b,
                 token,
                 teacher_token_stride,
@@ -164,8 +189,9 @@ def attend(
                 teacher_rest,
                 dim,
                 block_dim,
+                group,
             )
-        score, k = _scores(q, keys, b, token, key_token_stride, live, factor, rest, dim, block_dim)
+        score = _scores(q, keys, k, b, token, key_token_stride, live, factor, rest, dim, block_dim, group)
         if with_keys and dim > block_dim:
             k = _load_keys(keys, token, key_token_stride, live, column, dim)
         if chunk == 0:
