@@ -78,7 +78,7 @@ class PreparedSplit(Split):
             images=self.prepared[self.scene_index[indices]],
             padding=None,
             words=self.words[indices, :longest],
-            word_padding=padding[:, :longest],
+            word_padding=padding[:, :longest].contiguous(),  # one layout for every length: one graph
             boxes=self.boxes[indices],
             box_ratio=self.box_ratio[indices],
         ).to(self.device)
