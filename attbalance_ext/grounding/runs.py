@@ -83,7 +83,7 @@ def resume_run(
 
     ``device``: another one than it began on. The number of processes may be another one too.
     """
-    state, settings = _read(directory / LAST)
+    state, settings = _read(directory / LAST, "optimizer")
     if device is not None:
         settings = replace(settings, device=device)
     _require_trainable(settings, ranks)
@@ -146,10 +146,10 @@ def _require_trainable(settings: Settings, ranks: Ranks) -> None:
         require_compiler(torch.device(settings.device))
 
 
-def _read(path: Path) -> tuple[dict[str, Any], Settings]:
-    """A run's checkpoint and its settings; another kind of checkpoint is refused."""
+def _read(path: Path, *needed: str) -> tuple[dict[str, Any], Settings]:
+    """A run's checkpoint with what is ``needed`` and its settings; another kind of checkpoint is refused."""
     state = load_checkpoint(path)
-    missing = {"settings", "tokenizer", "model", "step", "log"} - state.keys()
+    missing = {"settings", "tokenizer", "model", "step", "log", *needed} - state.keys()
     if missing:
         raise UserError(f"{path} is not a run's checkpoint: it has no {', '.join(sorted(missing))}")
     return state, Settings.from_dict(state["settings"])

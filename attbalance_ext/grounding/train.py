@@ -218,7 +218,7 @@ class Trainer:
         if metrics["acc50"] > self.best_accuracy:
             self.best_step, self.best_accuracy = self.step, metrics["acc50"]
             self.validations_without_gain = 0
-            self.save(BEST)
+            self.save(BEST, self.model_state())
         else:
             self.validations_without_gain += 1
 
@@ -232,32 +232,38 @@ class Trainer:
                 "A lower learning rate or more warm-up is the usual way out"
             )
 
-    def save(self, name: str = LAST) -> Path:
-        """Write a complete checkpoint, and settings and history as JSON beside it, each atomically.
+    def save(self, name: str = LAST, state: dict[str, Any] | None = None) -> Path:
+        """Write ``state`` (default: all of it), and settings and history as JSON beside it, each atomically.
 
         A state that is no longer finite is never written over a good one: :class:`TrainingFailed`.
         """
         self._require_finite()
         path = self.directory / name
         if self.ranks.main:
-            save_checkpoint(path, self.state_dict())
+            save_checkpoint(path, self.state_dict() if state is None else state)
             write_json(self.directory / SETTINGS, self.settings.to_dict())
             write_json(self.directory / HISTORY, self.log.history)
         return path
 
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain types: everything the rest of the run depends on."""
+    def model_state(self) -> dict[str, Any]:
+        """Tensors and plain types: the model and what is known about it, to use it and not to train on."""
         return {
             "settings": self.settings.to_dict(),
             "tokenizer": self.split.tokenizer.state(),
             "model": self.model.state_dict(),
+            "log": self.log.state_dict(),
+            "step": self.step,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain types: everything the rest of the run depends on."""
+        return {
+            **self.model_state(),
             "teacher": self.teacher.state_dict() if self.teacher is not None else None,
             "criterion": self.criterion.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "log": self.log.state_dict(),
-            "step": self.step,
             "best_step": self.best_step,
             "best_accuracy": self.best_accuracy,
             "validations_without_gain": self.validations_without_gain,
