@@ -67,9 +67,12 @@ def forward_plan(rows: int, tokens: int, dim: int, multiprocessors: int, vector:
 
 @functools.lru_cache(maxsize=256)
 def backward_blocks(rows: int, tokens: int, dim: int, multiprocessors: int) -> tuple[int, int]:
-    """(tokens, columns) that a program of the backward pass writes at a time; it writes all columns of its tokens."""
+    """(tokens, columns) that a program of the backward pass writes at a time; it writes all columns of its tokens.
+
+    Where stores cannot be wide, which takes rows of a multiple of 16 columns, fewer: a thread would hold many tokens.
+    """
     block_dim = min(max(triton.next_power_of_2(dim), 16), 128)
-    block_tokens = min(2048 // block_dim, 64)
+    block_tokens = min((2048 if dim % 16 == 0 else 512) // block_dim, 64)
     while block_tokens > 16 and rows * -(-tokens // block_tokens) < 4 * multiprocessors:
         block_tokens //= 2
     return block_tokens, block_dim
