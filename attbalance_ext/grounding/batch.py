@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,14 +32,18 @@ class Batch:
         return self.images, self.padding, self.words, self.word_padding
 
     def to(self, device: torch.device) -> Batch:
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def pin_memory(self) -> Batch:
+        """In pages from which a GPU copies while the host goes on; a data loader calls it by this name."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return Batch(
-            images=move(self.images),
-            padding=None if self.padding is None else move(self.padding),
-            words=move(self.words),
-            word_padding=move(self.word_padding),
-            boxes=move(self.boxes),
-            box_ratio=move(self.box_ratio),
+            images=change(self.images),
+            padding=None if self.padding is None else change(self.padding),
+            words=change(self.words),
+            word_padding=change(self.word_padding),
+            boxes=change(self.boxes),
+            box_ratio=change(self.box_ratio),
         )

@@ -99,8 +99,7 @@ def _walk(
     model.eval()
     tap = model.make_tap(every_layer=True)
     try:
-        for indices in batches:
-            batch = split.batch(indices)
+        for batch in split.stream((indices, None) for indices in batches):
             with tap.recording():
                 predicted = model(*batch.inputs)
             yield batch, predicted if predicted.dim() == 2 else predicted[-1], tap.attention()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from attbalance_ext.grounding.data import GroundingDataset
 from attbalance_ext.grounding.data.protocol import Pictures
 from attbalance_ext.grounding.data.tokenizers import Tokenizer
 from attbalance_ext.grounding.data.transforms import EvalTransform, TrainTransform, View
+from attbalance_ext.grounding.errors import UserError
 from attbalance_ext.grounding.models import GroundingModel
 
 Key = tuple[int, int | None]
@@ -41,8 +43,11 @@ class Split(ABC):
         """The samples ``indices`` (B,) int64 as they are, on the device, padded to the longest sentence among them."""
 
     @abstractmethod
-    def stream(self, plan: Iterable[tuple[Tensor, int]]) -> Iterator[Batch]:
-        """A batch for each (indices, epoch) of ``plan``, which may be endless; augmented where the split does that."""
+    def stream(self, plan: Iterable[tuple[Tensor, int | None]]) -> Iterator[Batch]:
+        """A batch for each (indices, epoch) of ``plan``, which may be endless.
+
+        Augmented where the split does that; epoch None: as they are, like :meth:`batch`.
+        """
 
     @abstractmethod
     def view(self, index: int) -> View:
@@ -83,7 +88,7 @@ class PreparedSplit(Split):
             box_ratio=self.box_ratio[indices],
         ).to(self.device)
 
-    def stream(self, plan: Iterable[tuple[Tensor, int]]) -> Iterator[Batch]:
+    def stream(self, plan: Iterable[tuple[Tensor, int | None]]) -> Iterator[Batch]:
         for indices, _ in plan:
             yield self.batch(indices)
 
@@ -116,29 +121,52 @@ class StreamedSplit(Split):
     ) -> None:
         super().__init__(pictures, tokenizer, device)
         self.views = Views(pictures, model.canvas, augment, seed)
-        self.max_words = model.max_words
+        self.collate = Collate(tokenizer, model.max_words)
         self.prepare = model.prepare
         self.workers = workers
 
     def batch(self, indices: Tensor) -> Batch:
         return self._finish(self.collate([self.views[index, None] for index in indices.tolist()]))
 
-    def stream(self, plan: Iterable[tuple[Tensor, int]]) -> Iterator[Batch]:
+    def stream(self, plan: Iterable[tuple[Tensor, int | None]]) -> Iterator[Batch]:
         loader = DataLoader(
             self.views,
             batch_sampler=_Keys(plan),
             collate_fn=self.collate,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=_leave_process_group,
             generator=torch.Generator(),  # its own: the global one belongs to the training step
         )
-        yield from map(self._finish, loader)
+        try:
+            yield from map(self._finish, loader)
+        except UserError as error:
+            # From a worker it comes with the worker's traceback in front of what it says.
+            raise UserError(str(error).rpartition(f"{UserError.__name__}: ")[2].strip()) from None
 
     def view(self, index: int) -> View:
         return self.views[index, None]
 
-    def collate(self, views: Sequence[View]) -> Batch:
-        """Samples as one batch, on the CPU, the images as they are."""
+    def _finish(self, batch: Batch) -> Batch:
+        batch = batch.to(self.device)
+        return replace(batch, images=self.prepare(batch.images))
+
+
+def _leave_process_group(worker: int) -> None:
+    """Ctrl-C and torchrun's SIGTERM go to a whole group: the trainer, which needs its workers to end its step, is to
+    get them alone. A worker whose trainer is gone ends by itself."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+
+
+@dataclass(frozen=True)
+class Collate:
+    """Samples as one batch, on the CPU, the images as they are. It knows no model: it is sent to worker processes."""
+
+    tokenizer: Tokenizer
+    max_words: int
+
+    def __call__(self, views: Sequence[View]) -> Batch:
         words, word_padding = self.tokenizer.encode([view.sentence for view in views], self.max_words)
         return Batch(
             images=torch.stack([view.image for view in views]),
@@ -148,10 +176,6 @@ class StreamedSplit(Split):
             boxes=torch.stack([view.box for view in views]),
             box_ratio=torch.tensor([view.box_ratio for view in views]),
         )
-
-    def _finish(self, batch: Batch) -> Batch:
-        batch = batch.to(self.device)
-        return replace(batch, images=self.prepare(batch.images))
 
 
 class Views(Dataset[View]):
@@ -177,7 +201,7 @@ class Views(Dataset[View]):
 class _Keys:
     """Batches of keys, as DataLoader takes them."""
 
-    def __init__(self, plan: Iterable[tuple[Tensor, int]]) -> None:
+    def __init__(self, plan: Iterable[tuple[Tensor, int | None]]) -> None:
         self.plan = plan
 
     def __iter__(self) -> Iterator[list[Key]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -77,6 +78,25 @@ def test_a_lost_process_ends_the_run_and_another_number_goes_on(tmp_path: Path, 
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "stopped at step" in said
+
+
+@pytest.mark.slow
+def test_sigterm_leaves_a_checkpoint_though_it_reaches_the_whole_group(tmp_path: Path, cache: Path) -> None:
+    """torchrun signals process groups; the trainers need their workers to end the step."""
+    command = Command(tmp_path, cache)
+    run = tmp_path / "run"
+    options = ["--steps", "100000", "--validate-every", "5", "--augment", "--workers", "2"]
+    process = command.start("train", "--out", run, *OPTIONS, *options, processes=2)
+    deadline = time.monotonic() + 120
+    while not (run / LAST).exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    stopped = re.search(r"stopped at step (\d+)", said)
+    assert stopped is not None, said
+    assert load_checkpoint(run / LAST)["step"] == int(stopped[1])
 
 
 def test_parts_must_be_even(tmp_path: Path, cache: Path) -> None:
