@@ -27,6 +27,11 @@ class RunLog:
         """Take the values of one step: numbers, and ``rho`` (L,)."""
         self._pending.append(values)
 
+    @property
+    def open(self) -> bool:
+        """Whether there are steps since the last record."""
+        return bool(self._pending)
+
     def not_finite(self) -> list[str]:
         """Names of the values that were not finite in a step since the last record. Waits for the device."""
         names = dict.fromkeys(name for values in self._pending for name in values)

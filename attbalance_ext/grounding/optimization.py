@@ -28,6 +28,8 @@ def make_optimizer(model: GroundingModel, settings: Settings) -> torch.optim.Ada
             groups.append({"params": parameters, "lr": rate, "name": name})
     if not groups:
         raise UserError("learning_rate: nothing trains, every part of the model has a rate of 0")
+    if {group["name"] for group in groups} <= frozen_parts(settings, 0):
+        raise UserError(f"frozen_parts: nothing trains at first, {', '.join(settings.frozen_parts)} are all there is")
     return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
 
 

@@ -111,15 +111,19 @@ class Trainer:
         self.step += 1
         last = self.step == settings.steps
         if self.step % self.log_every == 0 or last:
-            self._require_finite()
-            self.log.close_window(
-                self.step, learning_rate=self.scheduler.get_last_lr()[0], step_ms=self.clock.median_ms()
-            )
+            self._close_window()
         validate = self.step % settings.validate_every == 0 or last
         if validate:
             self._validate()
-        if last or (validate if settings.checkpoint_every is None else self.step % settings.checkpoint_every == 0):
+        if self.finished and self.log.open:  # stopped early, inside a window
+            self._close_window()
+        due = validate if settings.checkpoint_every is None else self.step % settings.checkpoint_every == 0
+        if self.finished or due:
             self.save()
+
+    def _close_window(self) -> None:
+        self._require_finite()
+        self.log.close_window(self.step, learning_rate=self.scheduler.get_last_lr()[0], step_ms=self.clock.median_ms())
 
     def _train_step(self) -> None:
         torch.manual_seed(self.settings.seed * 1_000_003 + self.step + 7_368_787 * self.ranks.rank)
@@ -137,6 +141,11 @@ class Trainer:
         with warnings.catch_warnings():  # the schedule goes on where a first step overflowed and was left out
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler")
             self.scheduler.step()
+        if self.tap is not None and self.settings.loss.rho == "ema":
+            # One average for all processes, whatever number of them goes on with it. Averaging is linear: it is that
+            # of the processes' mean rho.
+            average = self.ranks.mean({"rho": self.criterion.rho_average})
+            self.criterion.rho_average = average["rho"]
         step = {name: torch.stack([value[name] for value in values]).mean(0) for name in values[0]}
         if self.scaler.is_enabled():  # a step whose gradient overflowed was left out; that is no failure
             step["skipped"] = (~norm.isfinite()).to(norm.dtype)

@@ -116,6 +116,16 @@ def test_stops_early_and_keeps_the_best(make_trainer: MakeTrainer, monkeypatch: 
     assert load_checkpoint(trainer.directory / LAST)["step"] == 12
 
 
+@pytest.mark.parametrize("checkpoint_every", [None, 20])
+def test_stopping_early_is_an_end_like_any_other(make_trainer: MakeTrainer, checkpoint_every: int | None) -> None:
+    """With a record of its steps and a last checkpoint, whatever else is due then."""
+    changes = {"validate_every": 1, "early_stop": 2, "checkpoint_every": checkpoint_every}
+    trainer = finish(make_trainer(learning_rate=1e-9, **changes))
+    assert trainer.step == 3
+    assert [record["step"] for record in trainer.log.history["train"]] == [3]
+    assert load_checkpoint(trainer.directory / LAST)["step"] == 3
+
+
 def test_a_loss_that_is_not_finite_stops_and_spares_the_checkpoint(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer()
     while trainer.step < 12:
