@@ -39,6 +39,9 @@ def make_tokenizer(settings: Settings, train: Pictures) -> Tokenizer:
     """The tokenizer that the settings name, else the words of the training sentences."""
     if settings.tokenizer is not None:
         return HuggingFaceTokenizer.load(settings.tokenizer)
+    if weights := settings.model_options.get("text_weights"):
+        # Words numbered otherwise would read other words' embeddings, and nothing would say so.
+        raise UserError(f"text_weights need the tokenizer they were trained with: give tokenizer too, as {weights!r}")
     return WordTokenizer(Vocabulary.build(train.sentences), special_tokens=design(settings.model).bert)
 
 

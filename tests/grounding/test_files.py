@@ -90,3 +90,21 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     torch.save({"format": files.FORMAT + 1}, path)
     with pytest.raises(UserError, match="not a checkpoint of this version"):
         load_checkpoint(path)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_damaged_checkpoint_is_refused_and_never_crashes(tmp_path: Path) -> None:
+    """Each byte of the pickle in it, changed: what is found is a state or a ``UserError``."""
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, {"weights": torch.arange(3.0), "name": "x", "nested": [{"a": 1.5, "none": None}]})
+    whole = path.read_bytes()
+    start = whole.index(b"\x80\x02}q")
+    refused = 0
+    for place in range(start, whole.index(b".PK", start)):
+        for change in (0x55, 0xFF):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ change]) + whole[place + 1 :])
+            try:
+                load_checkpoint(path)
+            except UserError:
+                refused += 1
+    assert refused > 100

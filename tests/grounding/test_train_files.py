@@ -16,6 +16,7 @@ from helpers_command import FEW_SCENES
 from attbalance_ext import cli
 from attbalance_ext.grounding.data import FORMATS, export
 from attbalance_ext.grounding.data.generate import SCENES
+from attbalance_ext.grounding.files import load_checkpoint
 
 SMALL = ["--steps", "6", "--batch-size", "8", "--validate-every", "3", "--pretrain-steps", "2", "--augment"]
 NAMES = {"split-files": "unc", "refer": "refcoco", "jsonl": "own"}
@@ -65,6 +66,13 @@ def test_three_formats_give_the_same_numbers(tmp_path: Path, cache: Path, capsys
     first, *others = found.values()
     assert all(other == first for other in others)
     assert first["evaluations"][0]["samples"] > 10
+
+
+def test_sentences_are_as_long_as_asked_for(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert call("train", "--out", run, "--max-words", "4", *SMALL) == 0
+    assert len(load_checkpoint(run / "last.pt")["model"]["text_positions"]) == 4
+    assert call("eval", run, "--split", "val") == 0
 
 
 class Mischief:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import itertools
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from helpers_toy import ToyDataset, finish, toy_settings
+from PIL import Image
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from attbalance_ext import AttBalanceConfig
 from attbalance_ext.grounding.data import Vocabulary
 from attbalance_ext.grounding.data.generate import SCENES
 from attbalance_ext.grounding.data.tokenizers import WordTokenizer
 from attbalance_ext.grounding.data.transforms import TrainTransform
+from attbalance_ext.grounding.distributed import Ranks
 from attbalance_ext.grounding.errors import UserError
 from attbalance_ext.grounding.evaluate import evaluate
 from attbalance_ext.grounding.files import load_checkpoint
@@ -23,6 +27,7 @@ from attbalance_ext.grounding.models import MODELS, build_model
 from attbalance_ext.grounding.optimization import learning_rate_schedule
 from attbalance_ext.grounding.runs import start_run
 from attbalance_ext.grounding.settings import Settings
+from attbalance_ext.grounding.sources import make_tokenizer
 from attbalance_ext.grounding.split import PreparedSplit, StreamedSplit
 from attbalance_ext.grounding.train import LAST, Trainer
 
@@ -82,6 +87,8 @@ def test_parts_have_their_own_learning_rates(make_trainer: MakeTrainer) -> None:
     assert [group["name"] for group in frozen.optimizer.param_groups] == ["fusion"]
     with pytest.raises(UserError, match="nothing trains"):
         make_trainer("none", text_rate=0.0, learning_rate=0.0)
+    with pytest.raises(UserError, match="frozen_parts: nothing trains at first"):
+        make_trainer("frozen", frozen_parts=("text", "fusion"), frozen_fraction=0.5)
 
 
 def test_schedules() -> None:
@@ -153,6 +160,27 @@ def test_recipes_are_settings(model: str) -> None:
         )
 
 
+def test_processes_share_their_average_rho(make_trainer: MakeTrainer) -> None:
+    """Else the one that is saved is the main process's, and the others resume with another."""
+
+    class Two(Ranks):
+        def mean(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {name: value + 1 for name, value in values.items()}
+
+    alone, together = (make_trainer(name, loss=AttBalanceConfig(rho="ema")) for name in ("alone", "together"))
+    together.ranks = Two()
+    for trainer in (alone, together):
+        trainer.advance()
+    torch.testing.assert_close(together.criterion.rho_average, alone.criterion.rho_average + 1)
+
+
+def test_pretrained_bert_needs_its_tokenizer() -> None:
+    dataset = ToyDataset(1)
+    settings = Settings.for_model("transvg-r50", model_options={"text_weights": "folder"})
+    with pytest.raises(UserError, match="text_weights need the tokenizer"):
+        make_tokenizer(settings, dataset)
+
+
 # --- streamed images --------------------------------------------------------------------------------------------------
 
 
@@ -178,6 +206,36 @@ def test_batches_depend_on_seed_epoch_and_sample_alone() -> None:
                 assert torch.equal(getattr(batch, name), value), name
     first, second = (next(split.stream([(torch.tensor([1]), epoch)])) for epoch in (0, 1))
     assert not torch.equal(first.images, second.images)
+
+
+def test_workers_are_sent_no_model() -> None:
+    """Where workers do not fork, all that they need is pickled for them."""
+    split = streamed({**NO_DROPOUT, "hidden": 4096})
+    sent = pickle.dumps((split.views, split.collate))
+    assert len(sent) < 4 * sum(parameter.numel() for parameter in split.prepare.__self__.parameters()) / 2  # type: ignore[attr-defined]
+    views, collate = pickle.loads(sent)
+    assert torch.equal(collate([views[3, None]]).words, split.batch(torch.tensor([3])).words)
+
+
+def test_a_worker_says_what_is_wrong_in_one_line() -> None:
+    class Broken(ToyDataset):
+        def pixels(self, index: int) -> Image.Image:
+            raise UserError(f"picture {index} cannot be read")
+
+    split = streamed(NO_DROPOUT, workers=1)
+    split.views.pictures = Broken(16)
+    with pytest.raises(UserError, match=r"^picture 0 cannot be read$"):
+        next(split.stream(plan(0)))
+
+
+def test_batches_are_pinned_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data loader pins what says how; of anything else it pins nothing."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())
+    batch = streamed(NO_DROPOUT).batch(torch.tensor([0, 1]))
+    pinned = pin_memory(batch)
+    for name, value in vars(batch).items():
+        assert getattr(pinned, name) is not value
+        assert torch.equal(getattr(pinned, name), value)
 
 
 def test_streamed_without_augmentation_is_what_is_in_memory() -> None:

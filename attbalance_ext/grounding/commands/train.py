@@ -82,6 +82,14 @@ def train(
     text_weights: Annotated[
         str | None, typer.Option(help="Folder or hub id of pretrained BERT weights.", rich_help_panel=_MODEL)
     ] = None,
+    max_words: Annotated[
+        int | None,
+        typer.Option(
+            min=3,
+            help="Longest sentence in tokens; default: the model's own (TransVG and QRNet: 20, 40 for RefCOCOg).",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
     tokenizer: Annotated[
         str | None,
         typer.Option(
@@ -274,10 +282,10 @@ def _settings(model: str, given: dict[str, Any]) -> Settings:
         loss["rho"] = _rho(loss["rho"])
     if "frozen_parts" in changes:
         changes["frozen_parts"] = tuple(changes["frozen_parts"])
-    weights = {name: changes.pop(name) for name in WEIGHTS if name in changes}
+    options = {name: changes.pop(name) for name in (*WEIGHTS, "max_words") if name in changes}
     if "steps" in changes and "epochs" in changes:
         raise UserError("--steps and --epochs: give one of them")
-    return Settings.for_model(model, loss=loss, model_options=weights, **changes)
+    return Settings.for_model(model, loss=loss, model_options=options, **changes)
 
 
 def _train(trainer: Trainer, console: Console) -> None:
