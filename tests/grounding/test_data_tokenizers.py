@@ -140,6 +140,22 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path, monkeypatch: pytest.Monk
         HuggingFaceTokenizer.load(str(folder))
 
 
+def test_a_revision_may_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoTokenizer
+
+    asked: list[Any] = []
+
+    def offline(name: str, **options: Any) -> Any:
+        asked.append((name, options["revision"]))
+        raise OSError("not here")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", offline)
+    for name in ("bert-base-uncased@main", "bert-base-uncased"):
+        with pytest.raises(UserError, match="not here"):
+            HuggingFaceTokenizer.load(name)
+    assert asked == [("bert-base-uncased", "main"), ("bert-base-uncased", None)]
+
+
 def test_code_beside_a_tokenizer_is_not_run(tmp_path: Path) -> None:
     folder, proof = save_wordpiece(tmp_path / "evil"), tmp_path / "proof"
     (folder / "evil.py").write_text(f"import os\nos.mkdir({str(proof)!r})\nclass Evil: pass\n")

@@ -349,9 +349,9 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
 
 
 def test_weights_can_name_a_revision(tmp_path: Path) -> None:
-    from attbalance_ext.grounding.models.pretrained import _address
+    from attbalance_ext.grounding.hub import address
 
     (tmp_path / "a@b").mkdir()
-    assert _address("facebook/detr-resnet-50@no_timm") == ("facebook/detr-resnet-50", "no_timm")
-    assert _address("bert-base-uncased") == ("bert-base-uncased", None)
-    assert _address(str(tmp_path / "a@b")) == (str(tmp_path / "a@b"), None)
+    assert address("facebook/detr-resnet-50@no_timm") == ("facebook/detr-resnet-50", "no_timm")
+    assert address("bert-base-uncased") == ("bert-base-uncased", None)
+    assert address(str(tmp_path / "a@b")) == (str(tmp_path / "a@b"), None)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attbalance_ext.grounding.errors import UserError
+from attbalance_ext.grounding.hub import address
 
 from .vocabulary import PAD, UNKNOWN, Vocabulary
 
@@ -76,7 +77,7 @@ class HuggingFaceTokenizer:
 
     @classmethod
     def load(cls, name: str) -> HuggingFaceTokenizer:
-        """Load by folder or hub id, without running any code that lies there.
+        """Load by folder, hub id or ``id@revision``, without running any code that lies there.
 
         Raises:
             UserError: transformers is missing, there is no such tokenizer, or it has no fast version.
@@ -86,7 +87,8 @@ class HuggingFaceTokenizer:
         except ImportError:
             raise UserError(_INSTALL) from None
         try:
-            loaded = AutoTokenizer.from_pretrained(str(name), use_fast=True, trust_remote_code=False)
+            source, revision = address(str(name))
+            loaded = AutoTokenizer.from_pretrained(source, revision=revision, use_fast=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise UserError(f"tokenizer {str(name)!r} cannot be loaded: {reason[0]}") from None

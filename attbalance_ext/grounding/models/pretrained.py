@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from attbalance_ext.grounding.errors import UserError
+from attbalance_ext.grounding.hub import address
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -20,7 +20,7 @@ def read_config(option: str, weights: str, model_type: str) -> Any:
     Raises:
         UserError: there is none, or it is not of ``model_type``; the message names ``option``.
     """
-    source, revision = _address(weights)
+    source, revision = address(weights)
     try:
         config = AutoConfig.from_pretrained(source, revision=revision)
     except (OSError, ValueError) as error:
@@ -45,7 +45,7 @@ def load(option: str, weights: str, model_class: type[Model], config: Pretrained
     Raises:
         UserError: weights cannot be read, or some are missing: nothing is ever left random silently.
     """
-    source, revision = _address(weights)
+    source, revision = address(weights)
     try:
         model, report = model_class.from_pretrained(
             source, revision=revision, config=config, dtype=torch.float32, output_loading_info=True, **options
@@ -58,9 +58,3 @@ def load(option: str, weights: str, model_class: type[Model], config: Pretrained
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise UserError(f"{option}: {weights!r} lacks {len(missing)} of the model's weights: {names}")
     return model
-
-
-def _address(weights: str) -> tuple[str, str | None]:
-    """(folder or hub id, revision). Hub ids have no @."""
-    name, at, revision = weights.rpartition("@")
-    return (name, revision) if at and not Path(weights).is_dir() else (weights, None)
