@@ -8,6 +8,7 @@ import pickle
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import IO, Any
 
@@ -64,6 +65,12 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], object], *, durable: b
         os.replace(temporary, path)
     if durable:
         _sync_directory(path.parent)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what killed writers of ``path`` left beside it; nobody may be writing it now."""
+    for temporary in path.parent.glob(f".{escape(path.name)}.*.tmp"):
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from attbalance_ext.grounding.data.cache import cache_directory
 from attbalance_ext.grounding.data.tokenizers import Tokenizer, tokenizer_from_state
 from attbalance_ext.grounding.distributed import ALONE, Ranks
 from attbalance_ext.grounding.errors import UserError
-from attbalance_ext.grounding.files import load_checkpoint
+from attbalance_ext.grounding.files import load_checkpoint, remove_unfinished
 from attbalance_ext.grounding.models import GroundingModel, build_model, design
 from attbalance_ext.grounding.order import DataOrder
 from attbalance_ext.grounding.settings import Settings
@@ -90,6 +90,9 @@ def resume_run(
     tokenizer, model = _trained_model(directory / LAST, state, settings)
     trainer = _trainer(settings, model, tokenizer, directory, cache, ranks)
     trainer.load_state_dict(state)
+    if ranks.main:
+        for name in (LAST, BEST):
+            remove_unfinished(directory / name)
     return trainer
 
 

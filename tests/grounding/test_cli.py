@@ -254,6 +254,11 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(
     assert Path(said[2]) == run / "last.pt"
     assert load_checkpoint(run / "last.pt")["step"] == int(said[1])
     assert not list(run.glob(".*"))
+    unfinished, other = run / ".last.pt.1-0a.tmp", run / ".note.tmp"  # as SIGKILL leaves a checkpoint being written
+    for path in (unfinished, other):
+        path.touch()
     resumed = resume_run(run, cache=cache)
+    assert not unfinished.exists()
+    assert other.exists()
     resumed.advance()
     assert resumed.step == int(said[1]) + 1
