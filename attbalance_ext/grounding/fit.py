@@ -61,7 +61,8 @@ def _note(trainer: Trainer) -> str:
 
 @contextmanager
 def _stop_requested() -> Iterator[threading.Event]:
-    """An event set by the first SIGINT or SIGTERM; the second one acts as usual."""
+    """An event set by SIGINT or SIGTERM. A second Ctrl-C acts as usual; a second SIGTERM asks for the same again, for
+    a scheduler and torchrun each send one."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # signals can only be handled in the main thread
@@ -74,7 +75,7 @@ def _stop_requested() -> Iterator[threading.Event]:
 
     def request(*_: object) -> None:
         stop.set()
-        restore()
+        signal.signal(signal.SIGINT, previous[signal.SIGINT])
 
     for number in previous:
         signal.signal(number, request)

@@ -122,6 +122,8 @@ class Settings:
     def for_model(cls, model: str, *, loss: Mapping[str, Any] | None = None, **changes: Any) -> Settings:
         """The settings that ``model``'s paper trains it with, and ``changes`` to them and to its ``loss``."""
         recipe = dict(design(model).recipe)
+        if "steps" in changes:
+            recipe.pop("epochs", None)
         prefix = "loss."
         weights = {name.removeprefix(prefix): recipe.pop(name) for name in list(recipe) if name.startswith(prefix)}
         try:

@@ -196,6 +196,7 @@ def test_what_is_switched_off_does_not_happen() -> None:
         ("Right man", "Left man"),
         ("LEFT! no, right.", "RIGHT! no, left."),
         ("leftmost of the left-hand ones", "rightmost of the right-hand ones"),
+        ("Topleft dog, farright one", "Topright dog, farleft one"),
         ("the right's neighbour, left", "the left's neighbour, right"),
         ("righthand Leftside leftward rightwards lefty", "lefthand Rightside rightward leftwards righty"),
         ("lft guy, far RT", "rt guy, far LFT"),

@@ -152,6 +152,8 @@ def test_recipes_are_settings(model: str) -> None:
     if "vltvg" in model:
         assert (settings.loss.alpha_l1, settings.loss.alpha_giou) == (5.0, 2.0)
     if not model.endswith("tiny"):
+        assert settings.epochs is None
+        assert Settings.for_model(model).epochs == 90
         assert (settings.size, settings.learning_rate, settings.vision_rate, settings.schedule) == (
             640,
             1e-4,

@@ -28,9 +28,11 @@ _PAPER = {
     "weight_decay": 1e-4,
     "warmup_steps": 0,
     "schedule": "step",
+    "epochs": 90,
     "validate_every": 1000,
 }
-"""TransVG, section 4.2: AdamW, a tenth of the rate for what is pretrained, and of all rates after 60 of 90 epochs.
+"""TransVG, section 4.2: AdamW, a tenth of the rate for what is pretrained, and of all rates after 60 of 90 epochs
+(RefCOCO+: 120 of 180).
 
 An epoch of RefCOCO has 1900 steps of 64; its validation split is as many samples as 170 steps."""
 
