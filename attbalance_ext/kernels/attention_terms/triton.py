@@ -49,10 +49,11 @@ def forward_plan(rows: int, tokens: int, dim: int, multiprocessors: int, vector:
 
     vector: columns that one load reads. A block is two loads of each thread, or two tokens where that is more: every
     thread that holds a part of a token keeps all of its softmax, so few columns of many tokens would not fit into its
-    registers.
+    registers. With several chunks it is one load, for the chunk is read beside the blocks of the scores.
     """
     block_dim = min(max(triton.next_power_of_2(dim), 32), 1024 if dim <= 1024 else 512)
-    block_tokens = max(2 * 32 * _WARPS * vector // block_dim, 2)
+    loads = 2 if dim <= block_dim else 1
+    block_tokens = max(loads * 32 * _WARPS * vector // block_dim, 2)
     splits = max(min(4 * multiprocessors // max(rows, 1), tokens // (4 * block_tokens), 16), 1)
     return ForwardPlan(
         splits=splits,
