@@ -170,7 +170,7 @@ class Trainer:
         if self.tap is None or self.teacher is None:
             with self._autocast():
                 boxes = self.network(*batch.inputs)
-            return self.criterion(None, boxes.float(), batch.boxes, box_ratio=batch.box_ratio)
+            return self.criterion(None, _at_least_float32(boxes), batch.boxes, box_ratio=batch.box_ratio)
         with self._autocast():
             with self.tap.recording():
                 boxes = self.network(*batch.inputs)
@@ -181,7 +181,7 @@ class Trainer:
             teacher=teacher,
             backend=self.settings.backend,
         )
-        return self.criterion(terms, boxes.float(), batch.boxes, box_ratio=batch.box_ratio)
+        return self.criterion(terms, _at_least_float32(boxes), batch.boxes, box_ratio=batch.box_ratio)
 
     def _autocast(self) -> AbstractContextManager[None]:
         if self.settings.precision == "fp32":
@@ -293,6 +293,11 @@ class Trainer:
         self._batches = None
         if state["teacher"] is None:
             self._end_supervision()
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    """What autocast made of the boxes, in the precision of the loss."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _require_even_parts(batch_size: int, accumulate: int, ranks: Ranks) -> None:

@@ -52,11 +52,23 @@ def with_dynamic_batch(objective: Callable[[Batch], AttBalanceOutput]) -> Callab
     return call
 
 
+def in_float64(trainer: Trainer) -> Trainer:
+    """In float32 the compiler's other rounding grows with each step of AdamW; here it stays far below the bound."""
+    assert trainer.teacher is not None
+    trainer.model.double()
+    trainer.teacher.double()
+    for name in ("prepared", "boxes", "box_ratio"):
+        setattr(trainer.split, name, getattr(trainer.split, name).double())
+    return trainer
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_fifty_steps_in_one_graph_give_eager_losses(start: Start, backend: str) -> None:
-    eager, trainer = start(backend=backend, validate_every=100), start(backend=backend, validate_every=100)
-    trainer.objective = with_dynamic_batch(compiled(trainer.objective, "aot_eager"))
+    """With PyTorch's own compiler, Inductor."""
+    eager, trainer = (in_float64(start(backend=backend)) for _ in range(2))
+    trainer.objective = with_dynamic_batch(compiled(trainer.objective))
     assert_same_curve(losses(trainer, 50), losses(eager, 50))
     assert graphs() == 1
 
