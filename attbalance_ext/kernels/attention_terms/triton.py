@@ -79,12 +79,16 @@ def backward_blocks(rows: int, tokens: int, dim: int, multiprocessors: int) -> t
     return block_tokens, block_dim
 
 
-def _vector(key: Tensor) -> int:
+def _vector(keys: Sequence[Tensor], dim: int) -> int:
     """Columns that one load reads: 128 bits, where Triton sees the alignment, which it does in multiples of 16 only."""
-    batch_stride, token_stride, _ = key.stride()
-    if batch_stride % 16 or token_stride % 16 or key.data_ptr() % 16:
+    if any(k.data_ptr() % 16 for k in keys):
         return 1
-    return math.gcd(key.shape[2], 16 // key.element_size())
+    return min(_aligned(stride, dim, dtype) for stride, dtype in {(k.stride(), k.dtype) for k in keys})
+
+
+@functools.lru_cache(maxsize=256)
+def _aligned(stride: tuple[int, ...], dim: int, dtype: torch.dtype) -> int:
+    return 1 if stride[0] % 16 or stride[1] % 16 else math.gcd(dim, 16 // dtype.itemsize)
 
 
 @functools.cache
@@ -136,7 +140,7 @@ def attention_terms(
     """The op `attention_terms.triton`, see ``ops.py``."""
     layers, (batch, tokens, dim) = len(key), key[0].shape
     rows, with_teacher = layers * batch, bool(teacher_key)
-    vector = min(map(_vector, (*key, *teacher_key)))
+    vector = _vector((*key, *teacher_key), dim)
     plan = forward_plan(rows, tokens, dim, _multiprocessors(key[0].device), vector)
 
     def floats(*shape: int) -> Tensor:
