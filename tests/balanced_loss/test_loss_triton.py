@@ -33,7 +33,7 @@ SHAPES = [  # batch, stages, with_ratio, invalid, ties
 ]
 
 
-@pytest.mark.parametrize(("config", "shape"), itertools.product(CONFIGS, SHAPES), ids=str)
+@pytest.mark.parametrize(("config", "shape"), list(itertools.product(CONFIGS, SHAPES)), ids=str)
 def test_against_the_equations(config: AttBalanceConfig, shape: tuple) -> None:
     batch, stages, with_ratio, invalid, ties = shape
     problem = make_loss_problem(
