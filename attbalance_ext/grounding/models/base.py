@@ -30,9 +30,6 @@ class GroundingModel(nn.Module, ABC):
     max_words: int
     """Longest sentence, in words (tokens of the tokenizer), that the model takes."""
 
-    special_tokens: bool = False
-    """Whether sentences come between a first and a last special token, as BERT's do."""
-
     layers: int
     """Number of layers in which the object query attends to the visual tokens."""
 

@@ -70,7 +70,6 @@ class QRNet(GroundingModel):
         UserError: weights of another design, or an image size that is no multiple of 64 or below 256.
     """
 
-    special_tokens = True
     layers = 6
     supervised = (2, 3, 4, 5)
     image_encoder = None

@@ -100,7 +100,6 @@ class TransVG(GroundingModel):
         UserError: weights of another design, an image size that is no multiple of 32.
     """
 
-    special_tokens = True
     layers = 6
     supervised = (2, 3, 4, 5)
     image_encoder = None
