@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attbalance_ext.attention import QueryAttention
+from attbalance_ext.key_gradient import tapped
 from attbalance_ext.sharding import is_unit
 
 # A float mask is added to the scores: below this a token's probability underflows to 0, whatever finite stand-in
@@ -25,11 +26,15 @@ from attbalance_ext.sharding import is_unit
 _MASKED = -1e4
 
 
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
 class _Record(NamedTuple):
     query: Tensor  # u, (B, D)
     key: Tensor  # x, (B, N, D)
     scale: float
     padding: Tensor | None
+    offset: Tensor | None  # (B, N) zeros, takes the key's gradient
 
 
 class AttentionTap:
@@ -90,13 +95,15 @@ class AttentionTap:
         self._recording = False
         self._records: list[_Record | None] = [None] * len(modules)
         self._handles = [
-            module.register_forward_hook(partial(self._observe, position), with_kwargs=True)
+            module.register_forward_pre_hook(partial(self._observe, position), with_kwargs=True)
             for position, module in enumerate(modules)
         ]
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Record the forward pass that runs inside; what was recorded before and not fetched is dropped.
+        """Record the forward pass that runs inside.
+
+        What was recorded before and not fetched is dropped, and so is what a pass that fails has recorded.
 
         Raises:
             RuntimeError: the tap was removed or is a copy, or is recording already. Inside, from the model's forward
@@ -110,10 +117,14 @@ class AttentionTap:
             raise RuntimeError("this tap is recording already")
         self._records = [None] * len(self._records)
         self._recording = True
+        complete = False
         try:
             yield
+            complete = True
         finally:
             self._recording = False
+            if not complete:
+                self._records = [None] * len(self._records)
 
     def attention(self) -> QueryAttention:
         """Hand over the last recording, L layers, and forget it: nothing stays in memory for the tap's sake.
@@ -134,6 +145,7 @@ class AttentionTap:
             [record.key for record in recorded],
             [record.scale for record in recorded],
             recorded[-1].padding,
+            [record.offset for record in recorded],
         )
 
     def remove(self) -> None:
@@ -159,20 +171,19 @@ class AttentionTap:
         module: nn.MultiheadAttention,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        output: Any,
-    ) -> None:
+    ) -> _Arguments | None:
         if not self._attached:
-            return
+            return None
         if not self._recording:
             # With gradients on, compute all the same: recomputation under activation checkpointing must meet the same
             # graph as the recorded forward pass. What cannot be read is the host's own business.
             if torch.is_grad_enabled():
                 with suppress(ValueError):
-                    _read(module, self._query, self._visual, args, kwargs)
-            return
-        record = _read(module, self._query, self._visual, args, kwargs)
+                    return _read(module, self._query, self._visual, args, kwargs)[1]
+            return None
+        record, arguments = _read(module, self._query, self._visual, args, kwargs)
         if _in_backward():
-            return
+            return arguments
         if module.training and not torch.is_grad_enabled():
             raise RuntimeError(
                 "a recording in training mode needs gradients: under no_grad, or reentrant activation checkpointing "
@@ -183,6 +194,7 @@ class AttentionTap:
                 f"layer {position} ran twice in one recording: fetch tap.attention() after each forward pass"
             )
         self._records[position] = record
+        return arguments
 
 
 def _in_backward() -> bool:
@@ -192,7 +204,8 @@ def _in_backward() -> bool:
 
 def _read(
     module: nn.MultiheadAttention, index: int, visual: slice, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> _Record:
+) -> tuple[_Record, _Arguments]:
+    """What a call of a tapped layer shows, and the arguments that the layer goes on with."""
     if is_unit(module):  # its parameters would be gone when the recording's backward pass needs them
         raise ValueError("fully_shard was applied to a tapped layer by itself: apply it to the block around the layer")
     query = args[0] if args else kwargs.get("query")
@@ -202,6 +215,7 @@ def _read(
             f"a tapped layer is called as forward(query, key, value, ...), not as {type(module).__name__} was"
         )
     mask = args[3] if len(args) > 3 else kwargs.get("key_padding_mask")
+    given = key
     if query.is_nested or key.is_nested:
         query, key, mask = _unnest(query, key, index, visual)
     elif query.dim() != 3:
@@ -216,12 +230,23 @@ def _read(
         if padding.dtype != torch.bool:
             padding = padding < _MASKED
     head_width = module.embed_dim // module.num_heads
-    return _Record(
-        query=_fold_projections(module, query[:, index]),
+    folded = _fold_projections(module, query[:, index])
+    offset = None
+    # Compiled code keeps the keys' gradient whole: a function of our own inside of a checkpointed region breaks the
+    # graph, and the sizes it notes down cost a compilation each.
+    if torch.is_grad_enabled() and given.requires_grad and not (given.is_nested or torch.compiler.is_compiling()):
+        replaced, offset = tapped(given, folded, visual, batch_first=module.batch_first)
+        # Wherever the layer was given this tensor: whether query, key and value are one decides how it projects them.
+        args = tuple(replaced if argument is given else argument for argument in args)
+        kwargs = {name: replaced if argument is given else argument for name, argument in kwargs.items()}
+    record = _Record(
+        query=folded,
         key=key[:, visual],
         scale=1 / (module.num_heads * math.sqrt(head_width)),
         padding=padding,
+        offset=offset,
     )
+    return record, (args, kwargs)
 
 
 def _fold_projections(module: nn.MultiheadAttention, x: Tensor) -> Tensor:

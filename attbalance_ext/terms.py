@@ -77,6 +77,9 @@ def attention_terms(
             weights = reference.rasterise(weights, grids, RULES[rule])
         teachers = () if teacher is None else ([q.to(dtype) for q in teacher.query], teacher.key, teacher.scale)
         return reference.attention_terms(query, student.key, student.scale, weights.to(dtype), padding, *teachers)
+    # Where an offset takes a key's gradient the key itself gets none. Not so above: a second derivative needs the keys.
+    offset = [zeros if zeros is None else zeros.to(dtype) for zeros in student.offset]
+    key = [k if zeros is None else k.detach() for k, zeros in zip(student.key, offset, strict=True)]
     return ops.attention_terms(
         ops.AttentionSpec(
             backend=chosen,
@@ -88,9 +91,10 @@ def attention_terms(
         weights.contiguous(),
         None if padding is None else padding.contiguous(),
         [q.contiguous() for q in query],
-        [_readable(k, dtype) for k in student.key],
+        [_readable(k, dtype) for k in key],
         [] if teacher is None else [_constant(q, dtype).contiguous() for q in teacher.query],
         [] if teacher is None else [_readable(_constant(k, k.dtype), dtype) for k in teacher.key],
+        offset,
     )
 
 

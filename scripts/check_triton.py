@@ -55,18 +55,19 @@ class Variant(NamedTuple):
     padded: bool = False
     need_query: bool = True
     stride: int = 0  # of a token, where it is not dim
+    dot: bool = False  # the gradient by query . key, as a tap wants it, instead of the keys'
 
     def __str__(self) -> str:
         words = [_short(self.key), f"D={self.dim}", f"teacher {_short(self.teacher)}" if self.teacher else "alone"]
         words += (
             ["boxes" if self.boxes else "weights"] + ["padded"] * self.padded + ["keys only"] * (not self.need_query)
         )
-        return " ".join(words + ["odd stride"] * bool(self.stride))
+        return " ".join(words + ["odd stride"] * bool(self.stride) + ["factors"] * self.dot)
 
     @property
     def wide(self) -> bool:
         """Whether 128-bit accesses are possible."""
-        return not self.stride and self.dim * self.key.itemsize % 16 == 0 and self.dim >= 64
+        return not self.stride and not self.dot and self.dim * self.key.itemsize % 16 == 0 and self.dim >= 64
 
 
 def _short(dtype: torch.dtype | None) -> str:
@@ -81,6 +82,7 @@ VARIANTS = [
     *(Variant(key, 256, key, boxes=False, padded=True, need_query=False) for key in (F32, BF16)),
     *(Variant(key, 250, key, padded=True) for key in (F32, BF16)),
     *(Variant(key, 256, key, stride=259) for key in (F32, BF16)),
+    *(Variant(key, 256, key, padded=True, dot=True) for key in (F32, BF16)),
 ]
 LOSSES = [  # layers, batch, rho given, plain
     (4, 8, False, False),
@@ -108,7 +110,7 @@ def run_attention_terms(variant: Variant) -> None:
         query, keys(variant.key), scale, *region, padding,
         query if teacher else [], teacher, scale if teacher else [], variant.need_query,
     )  # fmt: skip
-    flags = [variant.need_query] * layers, [True] * layers
+    flags = [variant.need_query] * layers, [not variant.dot] * layers, variant.dot
     attention_terms.attention_terms_backward(
         *[torch.zeros(layers, batch)] * 3, query, scale, *region, padding, in_box, *kept,
         [DTYPES.index(variant.key)] * layers, [False] * layers, *flags,

@@ -93,7 +93,7 @@ class LayerInputs(NamedTuple):
 
 @contextmanager
 def captured_inputs(layers: Sequence[nn.MultiheadAttention]) -> Iterator[list[LayerInputs]]:
-    """Collects what the layers are called with, in the order of the calls."""
+    """Collects what the host calls the layers with, before any tap, in the order of the calls."""
     inputs: list[LayerInputs] = []
 
     def capture(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -101,7 +101,7 @@ def captured_inputs(layers: Sequence[nn.MultiheadAttention]) -> Iterator[list[La
         key = args[1] if len(args) > 1 else kwargs["key"]
         inputs.append(LayerInputs(query, key))
 
-    handles = [layer.register_forward_pre_hook(capture, with_kwargs=True) for layer in layers]
+    handles = [layer.register_forward_pre_hook(capture, with_kwargs=True, prepend=True) for layer in layers]
     try:
         yield inputs
     finally:

@@ -107,7 +107,8 @@ for _backend in BACKENDS:
         f"attention_terms_backward.{_backend}(Tensor grad_in_box, Tensor grad_rac, Tensor grad_mrc, Tensor[] query, "
         "float[] scale, Tensor region, int[] grids, int rule, Tensor? padding, Tensor in_box, Tensor scores, "
         "Tensor teacher_scores, Tensor stats, Tensor key_means, int[] key_dtype, bool[] sequence_first, "
-        "bool[] need_query, bool[] need_key) -> (Tensor[] grad_query, Tensor[] grad_key)"
+        "bool[] need_query, bool[] need_key, bool need_dot) -> "
+        "(Tensor[] grad_query, Tensor[] grad_key, Tensor grad_dot)"
     )
 
 
@@ -156,7 +157,8 @@ def _attention_terms_backward_fake(
     sequence_first: Sequence[bool],
     need_query: Sequence[bool],
     need_key: Sequence[bool],
-) -> tuple[list[Tensor], list[Tensor]]:
+    need_dot: bool,
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
     _, batch, tokens = scores.shape
     width = query[0].shape[1]
     grad_query = [torch.empty_like(q) for q, needed in zip(query, need_query, strict=True) if needed]
@@ -168,7 +170,7 @@ def _attention_terms_backward_fake(
             grad_key.append(scores.new_empty(tokens, batch, width, dtype=DTYPES[code]).transpose(0, 1))
         else:
             grad_key.append(scores.new_empty(batch, tokens, width, dtype=DTYPES[code]))
-    return grad_query, grad_key
+    return grad_query, grad_key, torch.empty_like(scores) if need_dot else scores.new_empty(0)
 
 
 Gradients = tuple[Tensor | None, ...]
@@ -223,16 +225,20 @@ def attention_terms(
     key: Sequence[Tensor],
     teacher_query: Sequence[Tensor],
     teacher_key: Sequence[Tensor],
+    offset: Sequence[Tensor | None],
 ) -> AttentionTerms:
-    """Run a registered backend, differentiable in query and key.
+    """Run a registered backend, differentiable in query, key and offset.
 
     query: L x (B, D) in the arithmetic's dtype, contiguous, L >= 1. key: L x (B, N, D), last dimension contiguous.
     region: boxes (B, 4) float32 when ``spec.grids``, else weights (B, N) in the arithmetic's dtype; contiguous.
     padding: (B, N) bool, contiguous. The teacher's lists are L long or empty.
+    offset: L x (B, N) zeros in the arithmetic's dtype, or None; never read. They stand in for what is added to
+    ``query . key``, and get the gradient by it.
     """
-    tensors = [*query, *key, *teacher_query, *teacher_key]
+    tensors: list[Tensor | None] = [*query, *key, *teacher_query, *teacher_key]
     if torch.compiler.is_compiling():  # refuses one tensor twice, and layers may share one: a decoder's memory
-        tensors = [tensor.view_as(tensor) for tensor in tensors]
+        tensors = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
+    tensors = [*offset, *tensors]
     return AttentionTerms(*_AttentionTerms.apply(spec, region, padding, *tensors))
 
 
@@ -242,9 +248,9 @@ class _AttentionTerms(torch.autograd.Function):
         ctx: Any, spec: AttentionSpec, region: Tensor, padding: Tensor | None, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         layers = len(spec.scale)
-        query, key, teacher_query, teacher_key = (list(tensors[i * layers : (i + 1) * layers]) for i in range(4))
+        _, query, key, teacher_query, teacher_key = (list(tensors[i * layers : (i + 1) * layers]) for i in range(5))
         needed = ctx.needs_input_grad[3:]
-        ctx.need_query, ctx.need_key = list(needed[:layers]), list(needed[layers : 2 * layers])
+        ctx.need_dot, ctx.need_query, ctx.need_key = (list(needed[i * layers : (i + 1) * layers]) for i in range(3))
         forward = getattr(torch.ops.attbalance_ext.attention_terms, spec.backend)
         in_box, rac, mrc, valid, *kept = forward(
             query,
@@ -280,7 +286,7 @@ class _AttentionTerms(torch.autograd.Function):
             torch.zeros_like(in_box) if gradient is None else gradient.contiguous()
             for gradient in (grad_in_box, grad_rac, grad_mrc)
         ]
-        grad_query, grad_key = backward(
+        grad_query, grad_key, grad_dot = backward(
             *incoming,
             query,
             spec.scale,
@@ -297,9 +303,11 @@ class _AttentionTerms(torch.autograd.Function):
             ctx.sequence_first,
             ctx.need_query,
             ctx.need_key,
+            any(ctx.need_dot),
         )
         student = (*_place(grad_query, ctx.need_query), *_place(grad_key, ctx.need_key))
-        return None, None, None, *student, *(None,) * ctx.teachers
+        dots = (grad_dot[layer] if needed else None for layer, needed in enumerate(ctx.need_dot))
+        return None, None, None, *dots, *student, *(None,) * ctx.teachers
 
 
 def _place(gradients: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:

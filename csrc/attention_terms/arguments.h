@@ -120,6 +120,7 @@ struct BackwardArguments {
     const float* log_t;      // (L, B, N) or null
     const float* stats;      // (L, B, 4)
     const float* key_means;  // (L, B, 3, D) or null
+    float* grad_dot;         // (L, B, N) or null
 };
 
 static_assert(sizeof(BackwardArguments) <= 4096, "more than a launch's arguments may hold");

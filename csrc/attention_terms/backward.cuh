@@ -1,4 +1,4 @@
-// Backward: dK from the scores, dq from the key means. Reads no key.
+// Backward: dK, or the factors it is made of, from the scores; dq from the key means. Reads no key.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -64,7 +64,7 @@ __device__ __forceinline__ void write_query_gradient(const BackwardArguments& a,
 struct BackwardTile {
     int row;
     int first;  // token
-    int count;  // of tokens; 0 where no key gradient is asked for
+    int count;  // of tokens; 0 where nothing of theirs is asked for
     int64_t b;
     const BackwardLayer& layer;
 
@@ -74,18 +74,23 @@ struct BackwardTile {
           count(0),
           b(row % a.batch),
           layer(a.layer[row / a.batch]) {
-        if (layer.grad_key) count = min(a.tile, a.tokens - first);
+        if (layer.grad_key || a.grad_dot) count = min(a.tile, a.tokens - first);
     }
 };
 
-/// scale * dL/ds_j of the tile's tokens, in shared memory. Ends with a barrier.
+/// dL/d(q . k_j) = scale * dL/ds_j of the tile's tokens, in shared memory and where it is asked for. Ends
+/// with a barrier.
 __device__ __forceinline__ void make_coefficients(const BackwardArguments& a, const BackwardTile& tile,
                                                   const RowGradient& g, float* coefficients) {
     const int own = static_cast<int>(threadIdx.x);
     if (own < tile.count) {
         const bool padded = a.padding && a.padding[tile.b * a.tokens + tile.first + own];
-        coefficients[own] =
+        const float coefficient =
             padded ? 0.0f : tile.layer.scale * score_gradient(a, g, tile.row, tile.first + own);
+        coefficients[own] = coefficient;
+        if (a.grad_dot) {
+            a.grad_dot[static_cast<int64_t>(tile.row) * a.tokens + tile.first + own] = coefficient;
+        }
     }
     __syncthreads();
 }
@@ -109,7 +114,8 @@ __global__ void __launch_bounds__(kThreads) backward_rows(const __grid_constant_
     make_coefficients(a, tile, g, coefficients);
     uint4* const out = static_cast<uint4*>(layer.grad_key) + tile.b * (layer.batch_stride / kVector<K>);
     const int64_t stride = layer.token_stride / kVector<K>;
-    for (int i = warp; i < tile.count; i += kWarps) {
+    const int rows = layer.grad_key ? tile.count : 0;
+    for (int i = warp; i < rows; i += kWarps) {
         float values[kElements];
 #pragma unroll
         for (int e = 0; e < kElements; ++e) values[e] = scaled(coefficients[i], query[e]);
@@ -130,7 +136,8 @@ __global__ void __launch_bounds__(kThreads) backward_any(const __grid_constant__
     const RowGradient g = row_gradient(a, tile.row);
     make_coefficients(a, tile, g, coefficients);
     const float* const query = layer.query + tile.b * a.dim;
-    for (int i = warp; i < tile.count; i += kWarps) {
+    const int rows = layer.grad_key ? tile.count : 0;
+    for (int i = warp; i < rows; i += kWarps) {
         const int64_t place = tile.b * layer.batch_stride + (tile.first + i) * layer.token_stride;
         for (int d = lane; d < a.dim; d += kWarpSize) {
             store_value(layer.grad_key, layer.dtype, place + d, scaled(coefficients[i], query[d]));

@@ -207,7 +207,7 @@ ForwardOutputs attention_terms(const Tensors& query, const Tensors& key, const s
                need_key_means);
 }
 
-using BackwardOutputs = std::tuple<Tensors, Tensors>;
+using BackwardOutputs = std::tuple<Tensors, Tensors, Tensor>;
 
 /// Gradients of more bytes than this are not expected to be in a cache when the next operator reads them.
 constexpr int64_t kCachedBytes = 32 << 20;
@@ -265,7 +265,7 @@ BackwardOutputs backward(const Tensor& grad_in_box, const Tensor& grad_rac, cons
                          const Ints& grids, int64_t rule, const OptionalTensor& padding, const Tensor& in_box,
                          const Tensor& log_p, const Tensor& log_t, const Tensor& stats,
                          const Tensor& key_means, const Ints& key_dtype, const Flags& sequence_first,
-                         const Flags& need_query, const Flags& need_key) {
+                         const Flags& need_query, const Flags& need_key, bool need_dot) {
     constexpr ScalarType kType = kScalarType<A>;
     const int64_t layers = static_cast<int64_t>(query.size());
     STD_TORCH_CHECK(log_p.dim() == 3, "attbalance_ext: scores must be (L, B, N)");
@@ -315,7 +315,9 @@ BackwardOutputs backward(const Tensor& grad_in_box, const Tensor& grad_rac, cons
     const RowKernels<A>& kernels = row_kernels<A>();
     const RegionWeights<A> weights =
         region_weights<A>(region, grids, static_cast<Rule>(rule), padded, batch, tokens);
-    const Tensor coefficients = empty({key_gradients.empty() ? 0 : layers, batch, tokens}, kType);
+    // The gradient by query . key.
+    const bool with_coefficients = need_dot || !key_gradients.empty();
+    const Tensor coefficients = with_coefficients ? empty({layers, batch, tokens}, kType) : empty({0}, kType);
 
     torch::stable::parallel_for(0, layers * batch, 1, [&](int64_t first, int64_t last) {
         for (int64_t row = first; row < last; ++row) {
@@ -333,13 +335,14 @@ BackwardOutputs backward(const Tensor& grad_in_box, const Tensor& grad_rac, cons
                 padded ? padded + b * tokens : nullptr,
                 with_means ? data<const A>(key_means) + row * kKeyMeans * dim : nullptr,
             };
-            if (need_key[l]) kernels.score_gradient(gradient, tokens, data<A>(coefficients) + row * tokens);
+            if (need_dot || need_key[l])
+                kernels.score_gradient(gradient, tokens, data<A>(coefficients) + row * tokens);
             if (query_out[l]) kernels.query_gradient(gradient, dim, query_out[l] + b * dim);
         }
     });
 
     write_key_gradients(kernels, key_gradients, data<const A>(coefficients), query, batch, tokens, dim);
-    return {grad_query, grad_key};
+    return {grad_query, grad_key, need_dot ? coefficients : empty({0}, kType)};
 }
 
 BackwardOutputs attention_terms_backward(
@@ -347,11 +350,11 @@ BackwardOutputs attention_terms_backward(
     const std::vector<double>& scale, const Tensor& region, const Ints& grids, int64_t rule,
     const OptionalTensor& padding, const Tensor& in_box, const Tensor& scores, const Tensor& teacher_scores,
     const Tensor& stats, const Tensor& key_means, const Ints& key_dtype, const Flags& sequence_first,
-    const Flags& need_query, const Flags& need_key) {
+    const Flags& need_query, const Flags& need_key, bool need_dot) {
     STD_TORCH_CHECK(!query.empty(), "attbalance_ext: attention_terms_backward needs at least one layer");
     const auto run = query[0].scalar_type() == ScalarType::Double ? backward<double> : backward<float>;
     return run(grad_in_box, grad_rac, grad_mrc, query, scale, region, grids, rule, padding, in_box, scores,
-               teacher_scores, stats, key_means, key_dtype, sequence_first, need_query, need_key);
+               teacher_scores, stats, key_means, key_dtype, sequence_first, need_query, need_key, need_dot);
 }
 
 }  // namespace

@@ -243,7 +243,7 @@ ForwardOutputs attention_terms(const Tensors& query, const Tensors& key, const s
     return {in_box, rac, mrc, valid, log_p, log_t, stats, key_means};
 }
 
-using BackwardOutputs = std::tuple<Tensors, Tensors>;
+using BackwardOutputs = std::tuple<Tensors, Tensors, Tensor>;
 
 BackwardOutputs attention_terms_backward(const Tensor& grad_in_box, const Tensor& grad_rac,
                                          const Tensor& grad_mrc, const Tensors& query,
@@ -252,7 +252,7 @@ BackwardOutputs attention_terms_backward(const Tensor& grad_in_box, const Tensor
                                          const Tensor& in_box, const Tensor& log_p, const Tensor& log_t,
                                          const Tensor& stats, const Tensor& key_means, const Ints& key_dtype,
                                          const Flags& sequence_first, const Flags& need_query,
-                                         const Flags& need_key) {
+                                         const Flags& need_key, bool need_dot) {
     STD_TORCH_CHECK(
         !query.empty() && query[0].dim() == 2 && log_p.dim() == 3,
         "attbalance_ext: attention_terms_backward needs at least one query (B, D) and scores (L, B, N)");
@@ -303,6 +303,8 @@ BackwardOutputs attention_terms_backward(const Tensor& grad_in_box, const Tensor
         }
         targets.push_back(target);
     }
+    const Tensor grad_dot =
+        need_dot ? empty({layers, batch, tokens}, kFloat, place) : empty({0}, kFloat, place);
 
     BackwardArguments common = {};
     common.region = region_arguments(region, grids, rule, shape, place);
@@ -326,7 +328,7 @@ BackwardOutputs attention_terms_backward(const Tensor& grad_in_box, const Tensor
         BackwardArguments a = common;
         std::copy(targets.begin() + first, targets.begin() + last, a.layer);
         a.tile = static_cast<int>(backward_tile(rows, tokens, device.multiprocessors()));
-        a.tiles = keys ? static_cast<int>((tokens + a.tile - 1) / a.tile) : 1;
+        a.tiles = keys || need_dot ? static_cast<int>((tokens + a.tile - 1) / a.tile) : 1;
         a.grad_in_box = data<const float>(grad_in_box) + skipped;
         a.grad_rac = data<const float>(grad_rac) + skipped;
         a.grad_mrc = data<const float>(grad_mrc) + skipped;
@@ -335,13 +337,14 @@ BackwardOutputs attention_terms_backward(const Tensor& grad_in_box, const Tensor
         a.log_t = with_teacher ? data<const float>(log_t) + skipped * tokens : nullptr;
         a.stats = data<const float>(stats) + skipped * kStats;
         a.key_means = with_means ? data<const float>(key_means) + skipped * kKeyMeans * dim : nullptr;
+        a.grad_dot = need_dot ? data<float>(grad_dot) + skipped * tokens : nullptr;
         const bool is_wide_launch = wide(first);
         const auto kernel = is_wide_launch ? backward_kernel(targets[first].dtype, dim) : backward_any;
         launch(is_wide_launch ? "backward_rows" : "backward_any", kernel, blocks(rows * a.tiles), kBlock,
                a.tile * sizeof(float), device.stream(), a);
         first = last;
     }
-    return {grad_query, grad_key};
+    return {grad_query, grad_key, grad_dot};
 }
 
 }  // namespace

@@ -36,14 +36,16 @@ def forward_arguments(problem: Problem, need_key_means: bool = True) -> tuple:
     )
 
 
-def backward_arguments(problem: Problem, backend: str, need_query: list[bool], need_key: list[bool]) -> tuple:
+def backward_arguments(
+    problem: Problem, backend: str, need_query: list[bool], need_key: list[bool], need_dot: bool
+) -> tuple:
     arguments = forward_arguments(problem, any(need_query))
     query, key, scale, region, grids, rule, padding, *_ = arguments
     in_box, _, _, _, *kept = getattr(torch.ops.attbalance_ext.attention_terms, backend)(*arguments)
     dtypes = [DTYPES.index(k.dtype) for k in key]
     sequence_first = [k.stride(0) < k.stride(1) for k in key]
     common = (query, scale, region, grids, rule, padding, in_box, *kept)
-    return *problem.incoming, *common, dtypes, sequence_first, need_query, need_key
+    return *problem.incoming, *common, dtypes, sequence_first, need_query, need_key, need_dot
 
 
 CASES = [
@@ -76,19 +78,24 @@ def test_opcheck_backward(backend: str, case: dict) -> None:
     problem = make_problem(**case)
     op = getattr(torch.ops.attbalance_ext.attention_terms_backward, backend)
     layers = len(problem.key)
-    for need_query, need_key in itertools.product(([True] * layers, [False] * layers), repeat=2):
-        torch.library.opcheck(op, backward_arguments(problem, backend, need_query, need_key))
+    yes, no = [True] * layers, [False] * layers
+    for need_query, need_key, need_dot in itertools.product((yes, no), (yes, no), (True, False)):
+        torch.library.opcheck(op, backward_arguments(problem, backend, need_query, need_key, need_dot))
 
 
 @pytest.mark.parametrize("backend", NATIVE)
 def test_only_what_is_needed_is_computed(backend: str) -> None:
     problem = make_problem(layers=3)
     op = getattr(torch.ops.attbalance_ext.attention_terms_backward, backend)
-    grad_query, grad_key = op(*backward_arguments(problem, backend, [False, True, False], [True, False, True]))
+    arguments = backward_arguments(problem, backend, [False, True, False], [True, False, True], False)
+    grad_query, grad_key, grad_dot = op(*arguments)
     whole = solve(problem, backend)
     assert all(map(same_bits, grad_query, [whole.grad_query[1]]))
     assert all(map(same_bits, grad_key, [whole.grad_key[0], whole.grad_key[2]]))
     assert len(grad_query) == 1
     assert len(grad_key) == 2
+    assert grad_dot.numel() == 0
+    grad_query, grad_key, grad_dot = op(*backward_arguments(problem, backend, [False] * 3, [False] * 3, True))
+    assert (len(grad_query), len(grad_key), grad_dot.shape) == (0, 0, (*whole.terms.rac.shape, 31))
     without_means = getattr(torch.ops.attbalance_ext.attention_terms, backend)(*forward_arguments(problem, False))
     assert without_means[-1].numel() == 0

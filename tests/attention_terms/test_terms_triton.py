@@ -231,7 +231,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(ops.attention_terms.triton, arguments)
     in_box, _, _, _, *kept = ops.attention_terms.triton(*arguments)
     incoming = [torch.randn(1, 1) for _ in range(3)]
-    flags = [False], [True], [True]
+    flags = [False], [True], [True], True
     torch.library.opcheck(
         ops.attention_terms_backward.triton,
         (*incoming, [query], [0.5], arguments[3], [], 0, None, in_box, *kept, [0], *flags),

@@ -126,7 +126,8 @@ def watch_inputs(host: Host) -> list[weakref.ref[Tensor]]:
         watched.append(weakref.ref(kwargs["query"]))
 
     for layer in host.layers:
-        layer.register_forward_pre_hook(watch, with_kwargs=True)
+        # prepend: what the host gives, not what a tap passes on
+        layer.register_forward_pre_hook(watch, with_kwargs=True, prepend=True)
     return watched
 
 
@@ -171,7 +172,7 @@ def test_an_error_in_the_model_ends_the_recording(host: Host, tap: AttentionTap)
     handle = host.layers[1].register_forward_pre_hook(fail)
     with pytest.raises(ZeroDivisionError):
         record(host, tap, torch.randn(2, 5, 16))
-    with pytest.raises(RuntimeError, match=r"layer\(s\) \[1\]"):
+    with pytest.raises(RuntimeError, match=r"layer\(s\) \[0, 1\]"):
         tap.attention()
     handle.remove()
     host(torch.randn(2, 5, 16))
@@ -185,7 +186,7 @@ def test_an_error_in_the_model_ends_the_recording(host: Host, tap: AttentionTap)
 def test_a_removed_tap_refuses_and_leaves_no_hook(host: Host, tap: AttentionTap) -> None:
     tap.remove()
     tap.remove()
-    assert all(not layer._forward_hooks for layer in host.layers)
+    assert all(not layer._forward_pre_hooks for layer in host.layers)
     with pytest.raises(RuntimeError, match="removed"):
         record(host, tap, torch.randn(2, 5, 16))
 
@@ -296,7 +297,7 @@ def test_wrong_arguments() -> None:
         AttentionTap([layer], visual=(1, 4))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"modules must be a sequence of .*, got MultiheadAttention"):
         AttentionTap(layer)  # type: ignore[arg-type]
-    assert not layer._forward_hooks
+    assert not layer._forward_pre_hooks
 
 
 class Owner(nn.Module):

@@ -244,7 +244,8 @@ def attention_terms_backward(
     sequence_first: Sequence[bool],
     need_query: Sequence[bool],
     need_key: Sequence[bool],
-) -> tuple[list[Tensor], list[Tensor]]:
+    need_dot: bool,
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """The op `attention_terms_backward.triton`, see ``ops.py``."""
     layers, batch, tokens = log_p.shape
     dim = query[0].shape[1]
@@ -253,18 +254,20 @@ def attention_terms_backward(
         _empty_key(query[0], (batch, tokens, dim), DTYPES[code], tokens_first) if needed else None
         for code, tokens_first, needed in zip(key_dtype, sequence_first, need_key, strict=True)
     ]
+    grad_dot = torch.empty_like(log_p) if need_dot else log_p.new_empty(0)
     block_tokens, block_dim = backward_blocks(layers * batch, tokens, dim, _multiprocessors(log_p.device))
     with torch.cuda.device_of(log_p):
         for run in _runs(list(zip(key_dtype, sequence_first, need_query, need_key, strict=True))):
             queries, keys = need_query[run.start], need_key[run.start]
-            if not (queries or keys):
+            if not (queries or keys or need_dot):
                 continue
             strides = grad_key[run.start].stride() if keys else (0, 0)
-            backward[((run.stop - run.start) * batch, -(-tokens // block_tokens) if keys else 1)](
+            backward[((run.stop - run.start) * batch, -(-tokens // block_tokens) if keys or need_dot else 1)](
                 tuple(query[run]),
                 tuple(scale[run]),
                 tuple(grad_query[run]) if queries else None,
                 tuple(grad_key[run]) if keys else None,
+                grad_dot if need_dot else None,
                 strides[0],
                 strides[1],
                 region,
@@ -287,7 +290,7 @@ def attention_terms_backward(
                 block_dim=block_dim,
                 **_OPTIONS,
             )
-    return [g for g in grad_query if g is not None], [g for g in grad_key if g is not None]
+    return [g for g in grad_query if g is not None], [g for g in grad_key if g is not None], grad_dot
 
 
 def _empty_key(like: Tensor, shape: tuple[int, int, int], dtype: torch.dtype, sequence_first: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""Backward kernel of `attention_terms`: dK from the scores, dq from the key means; no key is read."""
+"""Backward kernel of `attention_terms`: dK, or the factors it is made of, from the scores; dq from the key means."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def backward(
     scale,  # layers x number
     grad_query,  # layers x (B, D) float32, or None
     grad_key,  # layers x (B, N, D), or None
+    grad_dot,  # (L, B, N), or None
     key_batch_stride,
     key_token_stride,
     region,  # boxes (B, 4), or weights (B, N)
@@ -56,7 +57,7 @@ def backward(
     block_tokens: tl.constexpr,
     block_dim: tl.constexpr,
 ):
-    """dK of some tokens of one row, and dq. Grid: (rows of this launch, tiles of tokens)."""
+    """dK of some tokens of one row, dL/d(q . k), and dq. Grid: (rows of this launch, tiles of tokens)."""
     layer, b = tl.program_id(0) // batch, tl.program_id(0) % batch
     row = (first_layer * batch + tl.program_id(0)).to(tl.int64)
     a_in, out_of_box = tl.load(in_box + row), tl.load(stats + row * 4 + 2)
@@ -78,7 +79,7 @@ def backward(
                     gradient += g_mrc * ((outside + a_in * inside) - teacher)
                 tl.store(out + column, factor * gradient, mask=column < dim)
 
-    if grad_key is not None:
+    if grad_key is not None or grad_dot is not None:
         token = tl.program_id(1) * block_tokens + tl.arange(0, block_tokens)
         live = live_tokens(padding, b, token, tokens, tokens)
         m = clamped(region_weight(region, b, token, tokens, live, grids, rule))
@@ -88,10 +89,13 @@ def backward(
         if log_t is not None:
             logt = tl.load(log_t + here, mask=live, other=0.0)
         coefficient = factor * _score_gradient(logp, logt, m, g_region, g_mrc, out_of_box, log_in)
-        keys = of_layer(grad_key, layer) + b.to(tl.int64) * key_batch_stride
-        place = keys + token.to(tl.int64)[:, None] * key_token_stride
-        for first in range(0, dim, block_dim):
-            column = first + tl.arange(0, block_dim)
-            gradient = coefficient[:, None] * load_query(q, b, column, dim)[None, :]
-            gradient = tl.where(live[:, None], gradient, 0.0).to(keys.dtype.element_ty)
-            tl.store(place + column[None, :], gradient, mask=(token < tokens)[:, None] & (column < dim)[None, :])
+        if grad_dot is not None:
+            tl.store(grad_dot + here, tl.where(live, coefficient, 0.0), mask=token < tokens)
+        if grad_key is not None:
+            keys = of_layer(grad_key, layer) + b.to(tl.int64) * key_batch_stride
+            place = keys + token.to(tl.int64)[:, None] * key_token_stride
+            for first in range(0, dim, block_dim):
+                column = first + tl.arange(0, block_dim)
+                gradient = coefficient[:, None] * load_query(q, b, column, dim)[None, :]
+                gradient = tl.where(live[:, None], gradient, 0.0).to(keys.dtype.element_ty)
+                tl.store(place + column[None, :], gradient, mask=(token < tokens)[:, None] & (column < dim)[None, :])

@@ -1,0 +1,105 @@
+"""The gradient by `query . key` in place of the keys': what a tap multiplies out later."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import NATIVE, poisoned_memory, same_bits
+from helpers_attention import Problem, assert_solves, literal, make_problem, solve
+from torch import Tensor
+
+from attbalance_ext import QueryAttention, attention_terms
+from attbalance_ext.kernels.choose import BACKENDS as REGISTERED
+
+ALL = [*NATIVE, *(["triton"] if "cpu" in REGISTERED["triton"].devices else [])]
+
+CASES = {
+    "teacher": {},
+    "no teacher": {"teacher_dtype": None},
+    "padded, two launches": {"padded": True, "key_dtype": (torch.float32, torch.bfloat16)},
+    "sequence first": {"layout": "sequence_first_slice", "region": "weights"},
+    "no samples": {"batch": 0},
+}
+
+
+def offset_gradients(
+    problem: Problem, backend: str, taken: list[bool]
+) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor]]:
+    """Gradients of the offsets of the layers in ``taken``, of all keys, of all queries."""
+    query = [q.detach().requires_grad_() for q in problem.query]
+    key = [k.detach().requires_grad_() for k in problem.key]
+    dtype = torch.float64 if query[0].dtype == torch.float64 else torch.float32
+    offset = [torch.zeros(k.shape[:2], dtype=dtype, requires_grad=True) if yes else None
+              for k, yes in zip(key, taken, strict=True)]  # fmt: skip
+    student = QueryAttention(query, key, problem.scale, problem.padding, offset)
+    terms = attention_terms(student, problem.region, teacher=problem.teacher, backend=backend)
+    loss = sum((g * term).sum() for g, term in zip(problem.incoming, terms[:3], strict=True))
+    leaves = [o for o in offset if o is not None]
+    found = torch.autograd.grad(loss, [*leaves, *key, *query], allow_unused=True)
+    by_offset = iter(found[: len(leaves)])
+    rest = found[len(leaves) :]
+    return [next(by_offset) if yes else None for yes in taken], list(rest[: len(key)]), list(rest[len(key) :])
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("backend", ALL)
+def test_times_the_query_it_is_the_keys_gradient(backend: str, case: dict) -> None:
+    problem = make_problem(layers=3, **case)
+    whole, taken = solve(problem, backend), [True, False, True]
+    with poisoned_memory():
+        factors, grad_key, grad_query = offset_gradients(problem, backend, taken)
+    assert all(map(same_bits, grad_query, whole.grad_query))
+    assert [g is None for g in grad_key] == taken
+    assert same_bits(grad_key[1], whole.grad_key[1])
+    grad_key = [
+        key if factor is None else (factor[..., None] * query[:, None].to(factor.dtype)).to(stored.dtype)
+        for key, factor, query, stored in zip(grad_key, factors, problem.query, problem.key, strict=True)
+    ]
+    if backend in NATIVE:  # to the last bit, but for the sign of 0 at padding
+        assert all(map(torch.equal, grad_key, whole.grad_key))
+    assert_solves(replace(whole, grad_key=grad_key), literal(problem))
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_it_is_exactly_zero_at_padding(backend: str) -> None:
+    problem = make_problem(padded=True)  # whose padded keys are NaN
+    for factor in offset_gradients(problem, backend, [True, True])[0]:
+        assert not factor[problem.padding].any()
+        assert factor[~problem.padding].all()
+
+
+def test_float64() -> None:
+    problem = make_problem(padded=True).to(torch.float64)
+    for factor, query, expected in zip(
+        offset_gradients(problem, "cpu", [True, True])[0],
+        problem.query,
+        solve(problem, "reference").grad_key,
+        strict=True,
+    ):
+        assert factor.dtype == torch.float64
+        torch.testing.assert_close(factor[..., None] * query[:, None], expected, rtol=1e-9, atol=1e-14)
+
+
+def test_the_reference_leaves_it_alone() -> None:
+    problem = make_problem()
+    factors, grad_key, _ = offset_gradients(problem, "reference", [True, True])
+    assert factors == [None, None]
+    assert all(map(same_bits, grad_key, solve(problem, "reference").grad_key))
+
+
+def test_bad_offsets_are_named() -> None:
+    query, key = [torch.zeros(2, 8)] * 2, [torch.zeros(2, 5, 8)] * 2
+    with pytest.raises(ValueError, match="offset must hold one tensor or None a layer: got 1 for 2 layers"):
+        QueryAttention(query, key, 1.0, offset=[None])
+    with pytest.raises(ValueError, match=r"offset\[1\] must be \(B, N\) = \(2, 5\) on cpu .* got shape \(2, 4\)"):
+        QueryAttention(query, key, 1.0, offset=[None, torch.zeros(2, 4)])
+    with pytest.raises(TypeError, match=r"offset\[0\] must be float32"):
+        QueryAttention(query, key, 1.0, offset=[torch.zeros(2, 5, dtype=torch.int64), None])
+
+
+def test_the_last_layers_keep_theirs() -> None:
+    query, key = [torch.zeros(2, 8)] * 3, [torch.zeros(2, 5, 8)] * 3
+    offset = [None, torch.zeros(2, 5), torch.ones(2, 5)]
+    assert QueryAttention(query, key, 1.0, offset=offset).last(2).offset == (offset[1], offset[2])
