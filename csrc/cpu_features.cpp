@@ -38,4 +38,13 @@ InstructionSet instruction_set() {
     return chosen;
 }
 
+bool needs_prefetch() {
+#if defined(__x86_64__)
+    static const bool needed = __builtin_cpu_is("amd");
+    return needed;
+#else
+    return false;
+#endif
+}
+
 }  // namespace attbalance

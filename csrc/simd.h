@@ -256,6 +256,39 @@ inline double sum_in_double(Vec<A> v) {
     return sum_lanes<A, kWidth<A>>(v);
 }
 
+/// The last four lanes of `sum_in_double`, before they are added up.
+template <typename A, int kLanes>
+inline Lanes<A, 4> four_sums(Lanes<A, kLanes> v) {
+    if constexpr (kLanes <= 4) {
+        Lanes<A, 4> four = {};
+        for (int i = 0; i < kLanes; ++i) four[i] = v[i];
+        return four;
+    } else {
+        Lanes<A, kLanes / 2> half[2];
+        std::memcpy(half, &v, sizeof(v));
+        return four_sums<A, kLanes / 2>(half[0] + half[1]);
+    }
+}
+
+/// `sum_in_double` of four vectors at once, with the same bits.
+template <typename A>
+inline Lanes<double, 4> sums_in_double(const Vec<A> (&v)[4]) {
+    Lanes<A, 4> row[4];
+    for (int i = 0; i < 4; ++i) row[i] = four_sums<A, kWidth<A>>(v[i]);
+    const Lanes<A, 4> low01 = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5);
+    const Lanes<A, 4> low23 = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
+    const Lanes<A, 4> high01 = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
+    const Lanes<A, 4> high23 = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
+    // lane i of each row
+    const Lanes<A, 4> lane[4] = {__builtin_shufflevector(low01, low23, 0, 1, 4, 5),
+                                 __builtin_shufflevector(low01, low23, 2, 3, 6, 7),
+                                 __builtin_shufflevector(high01, high23, 0, 1, 4, 5),
+                                 __builtin_shufflevector(high01, high23, 2, 3, 6, 7)};
+    Lanes<double, 4> total = {};
+    for (int i = 0; i < 4; ++i) total += __builtin_convertvector(lane[i], Lanes<double, 4>);
+    return total;
+}
+
 template <typename A>
 inline A max(Vec<A> v) {
     A result = v[0];

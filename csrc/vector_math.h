@@ -47,41 +47,42 @@ constexpr double inverse_factorial(int n) {
 }
 
 /// sum over k = 0..kDegree of x^k / (k + kShift)!
-template <typename A, int kShift, int kDegree, int k = 0>
-inline Vec<A> exp_series(Vec<A> x) {
+template <typename A, int kLanes, int kShift, int kDegree, int k = 0>
+inline Lanes<A, kLanes> exp_series(Lanes<A, kLanes> x) {
     constexpr A kCoefficient = static_cast<A>(inverse_factorial(k + kShift));
     if constexpr (k == kDegree) {
-        return splat(kCoefficient);
+        return Lanes<A, kLanes>{} + kCoefficient;
     } else {
-        return exp_series<A, kShift, kDegree, k + 1>(x) * x + kCoefficient;
+        return exp_series<A, kLanes, kShift, kDegree, k + 1>(x) * x + kCoefficient;
     }
 }
 
 /// e^x to about 1 ulp, subnormal results included. exp(-inf) = 0, exp(NaN) = NaN.
-template <typename A>
-inline Vec<A> exp(Vec<A> x) {
+template <typename A, int kLanes = kWidth<A>>
+inline Lanes<A, kLanes> exp(Lanes<A, kLanes> x) {
+    using Values = Lanes<A, kLanes>;
     using C = ExpConstants<A>;
     using Int = typename C::Int;
-    using Ints = Lanes<Int, kWidth<A>>;
-    x = x < C::kLowest ? splat(C::kLowest) : x;
-    x = x > C::kHighest ? splat(C::kHighest) : x;
-    const Vec<A> shifted = x * C::kLog2e + C::kRound;
-    const Vec<A> n = shifted - C::kRound;
+    using Ints = Lanes<Int, kLanes>;
+    x = x < C::kLowest ? Values{} + C::kLowest : x;
+    x = x > C::kHighest ? Values{} + C::kHighest : x;
+    const Values shifted = x * C::kLog2e + C::kRound;
+    const Values n = shifted - C::kRound;
     const Ints exponent = bit_cast<Ints>(shifted) - bit_cast<Int>(C::kRound);
-    const Vec<A> r = (x - n * C::kLn2High) - n * C::kLn2Low;
-    const Vec<A> mantissa = exp_series<A, 0, C::kExpDegree>(r);
+    const Values r = (x - n * C::kLn2High) - n * C::kLn2Low;
+    const Values mantissa = exp_series<A, kLanes, 0, C::kExpDegree>(r);
     // Two factors, because 2^n alone would overflow or lose bits at either end of the range.
     const Ints first = exponent >> 1;
     const Ints second = exponent - first;
-    const Vec<A> scale_first = bit_cast<Vec<A>>((first + C::kBias) << C::kMantissa);
-    const Vec<A> scale_second = bit_cast<Vec<A>>((second + C::kBias) << C::kMantissa);
+    const Values scale_first = bit_cast<Values>((first + C::kBias) << C::kMantissa);
+    const Values scale_second = bit_cast<Values>((second + C::kBias) << C::kMantissa);
     return mantissa * scale_first * scale_second;
 }
 
 /// (e^x - 1 - x) / x^2 for |x| <= 1, without cancellation.
 template <typename A>
 inline Vec<A> exp_remainder(Vec<A> x) {
-    return exp_series<A, 2, ExpConstants<A>::kRemainderDegree>(x);
+    return exp_series<A, kWidth<A>, 2, ExpConstants<A>::kRemainderDegree>(x);
 }
 
 }  // namespace attbalance::ATTBALANCE_ISA

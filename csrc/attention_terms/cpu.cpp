@@ -94,7 +94,8 @@ struct Layers {
                 layer.key + b * layer.batch_stride * element_bytes(layer.dtype),
                 layer.token_stride,
                 dim,
-                padding ? padding + b * tokens : nullptr};
+                padding ? padding + b * tokens : nullptr,
+                needs_prefetch()};
     }
 };
 
@@ -209,8 +210,8 @@ ForwardOutputs attention_terms(const Tensors& query, const Tensors& key, const s
 
 using BackwardOutputs = std::tuple<Tensors, Tensors, Tensor>;
 
-/// Gradients of more bytes than this are not expected to be in a cache when the next operator reads them.
-constexpr int64_t kCachedBytes = 32 << 20;
+/// Gradients of more bytes than this are not expected to be in an L2 cache when the next operator reads them.
+constexpr int64_t kCachedBytes = 4 << 20;
 
 /// Where one layer's dK goes. Its rows of D values are consecutive: batch-first or sequence-first.
 struct KeyGradient {

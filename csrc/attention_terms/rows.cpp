@@ -11,14 +11,16 @@
 namespace attbalance::ATTBALANCE_ISA {
 namespace {
 
-/// Tokens are handled in blocks that fit in the L1 cache, so that the weighted sum of the keys finds them
-/// there.
-constexpr int64_t kBlockBytes = 16 * 1024;
-constexpr int kMaxBlock = 64;
-constexpr int64_t kCacheLine = 64;
+/// Tokens are handled in tiles: all scores of one first, then the softmax of all, then the weighted sum of
+/// the keys, which the caches still have.
+constexpr int64_t kTileBytes = 64 * 1024;
+constexpr int kMaxTile = 64;
 
-/// Padding of per-block arrays, so that they can be walked in whole vectors.
-constexpr int kBlockCapacity = kMaxBlock + 16;
+/// Keys that are read at a time, from places of the tile that lie on different pages: processors fetch ahead
+/// one stream of each page.
+constexpr int kStreams = 4;
+
+constexpr int64_t kCacheLine = 64;
 
 template <typename A>
 constexpr A kInfinity = std::numeric_limits<A>::infinity();
@@ -26,35 +28,35 @@ constexpr A kInfinity = std::numeric_limits<A>::infinity();
 template <typename A>
 constexpr A kNaN = std::numeric_limits<A>::quiet_NaN();
 
-/// The tokens of a block that are not padding.
+/// Tokens that are not padding.
 template <typename K>
-struct Block {
+struct Tile {
     int count = 0;
-    const K* key[kMaxBlock];
-    int64_t token[kMaxBlock];
+    const K* key[kMaxTile];
+    int64_t token[kMaxTile];
 };
 
 template <typename K>
-int block_tokens(int64_t dim) {
-    const int64_t fitting = kBlockBytes / (dim * static_cast<int64_t>(sizeof(K)));
-    if (fitting >= kMaxBlock) return kMaxBlock;
-    return fitting < 4 ? 4 : static_cast<int>(fitting / 4 * 4);
+int tile_tokens(int64_t dim) {
+    const int64_t fitting = kTileBytes / (dim * static_cast<int64_t>(sizeof(K)));
+    if (fitting >= kMaxTile) return kMaxTile;
+    return fitting < kStreams ? kStreams : static_cast<int>(fitting / kStreams * kStreams);
 }
 
 template <typename A, typename K>
-void collect(const Attention<A>& attention, int64_t begin, int64_t end, Block<K>* block) {
+void collect(const Attention<A>& attention, int64_t begin, int64_t end, Tile<K>* tile) {
     const K* key = static_cast<const K*>(attention.key);
-    block->count = 0;
+    tile->count = 0;
     for (int64_t j = begin; j < end; ++j) {
         if (attention.padding && attention.padding[j]) continue;
-        block->key[block->count] = key + j * attention.key_stride;
-        block->token[block->count] = j;
-        ++block->count;
+        tile->key[tile->count] = key + j * attention.key_stride;
+        tile->token[tile->count] = j;
+        ++tile->count;
     }
 }
 
-/// Bring `bytes` from `offset` bytes past `p` towards the core, into the L2 cache: the L1 cache holds the
-/// block at work. Harmless beyond the end of the keys.
+/// Bring `bytes` from `offset` bytes past `p` towards the core, into the L2 cache. Harmless beyond the end of
+/// the keys.
 inline void prefetch(const void* p, int64_t offset, int64_t bytes) {
     const uintptr_t first = reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(offset);
     for (int64_t i = 0; i < bytes; i += kCacheLine) {
@@ -65,116 +67,135 @@ inline void prefetch(const void* p, int64_t offset, int64_t bytes) {
 /// No float runs up more products than this before it is added to a double, whatever D and the vector width.
 constexpr int kMaxRun = 16;
 
-/// out[i] = scale * query . key[i] for kTokens keys at once, which share the loads of the query.
-template <typename A, typename K, int kTokens>
-inline void dot(const A* query, double scale, const K* const* key, int64_t dim, double* out) {
+/// query . key[i] for kStreams keys at once, which share the loads of the query.
+template <typename A, typename K>
+inline Lanes<double, kStreams> dot(const A* query, const K* const (&key)[kStreams], int64_t dim) {
     constexpr int kStep = kWidth<A>;
-    double total[kTokens] = {};
+    Lanes<double, kStreams> total = {};
     for (int64_t d = 0; d < dim;) {
         const int64_t stop = dim - d > kMaxRun * kStep ? d + kMaxRun * kStep : dim;
-        Vec<A> run[kTokens] = {};
+        Vec<A> run[kStreams] = {};
         for (; d + kStep <= stop; d += kStep) {
             const Vec<A> q = load<A>(query + d);
-            for (int i = 0; i < kTokens; ++i) run[i] += q * load<A>(key[i] + d);
+            for (int i = 0; i < kStreams; ++i) run[i] += q * load<A>(key[i] + d);
         }
         if (d < stop) {
             const Vec<A> q = load_first<A>(query + d, stop - d);
-            for (int i = 0; i < kTokens; ++i) run[i] += q * load_first<A>(key[i] + d, stop - d);
+            for (int i = 0; i < kStreams; ++i) run[i] += q * load_first<A>(key[i] + d, stop - d);
             d = stop;
         }
-        for (int i = 0; i < kTokens; ++i) total[i] += sum_in_double<A>(run[i]);
+        total += sums_in_double<A>(run);
     }
-    for (int i = 0; i < kTokens; ++i) out[i] = scale * total[i];
+    return total;
 }
 
+/// The scores of a tile.
 template <typename A, typename K>
-void dots(const Attention<A>& attention, const Block<K>& block, double* out) {
-    // The next block is on its way while this one is worked on: the processor's own prefetchers stop at page
-    // ends, and rest while the weighted sums run from the cache.
-    const int64_t next =
-        block_tokens<K>(attention.dim) * attention.key_stride * static_cast<int64_t>(sizeof(K));
+void dots(const Attention<A>& attention, const Tile<K>& tile, double* score) {
     const int64_t bytes = attention.dim * static_cast<int64_t>(sizeof(K));
-    int i = 0;
-    for (; i + 4 <= block.count; i += 4) {
-        for (int t = 0; t < 4; ++t) prefetch(block.key[i + t], next, bytes);
-        dot<A, K, 4>(attention.query, attention.scale, block.key + i, attention.dim, out + i);
-    }
-    for (; i < block.count; ++i) {
-        dot<A, K, 1>(attention.query, attention.scale, block.key + i, attention.dim, out + i);
-    }
-}
-
-/// total = correction * total + sum_i weight[i] * key[i], walking the keys column by column.
-template <typename A, typename K>
-void weighted_sum(const K* const* key, const A* weight, int count, A correction, int64_t dim, A* total) {
-    constexpr int kStep = kWidth<A>;
-    constexpr int kColumns = 4;
-    int64_t d = 0;
-    for (; d + kColumns * kStep <= dim; d += kColumns * kStep) {
-        Vec<A> column[kColumns];
-        for (int c = 0; c < kColumns; ++c) column[c] = correction * load<A>(total + d + c * kStep);
-        for (int i = 0; i < count; ++i) {
-            for (int c = 0; c < kColumns; ++c) column[c] += weight[i] * load<A>(key[i] + d + c * kStep);
+    const int64_t next =
+        tile_tokens<K>(attention.dim) * attention.key_stride * static_cast<int64_t>(sizeof(K));
+    const int length = (tile.count + kStreams - 1) / kStreams;  // of a stream
+    for (int i = 0; i < length; ++i) {
+        int place[kStreams];
+        const K* key[kStreams];
+        for (int s = 0; s < kStreams; ++s) {
+            place[s] = s * length + i < tile.count ? s * length + i : tile.count - 1;
+            key[s] = tile.key[place[s]];
+            if (attention.fetch_ahead) prefetch(key[s], next, bytes);
         }
-        for (int c = 0; c < kColumns; ++c) store<A, A>(total + d + c * kStep, column[c]);
-    }
-    for (; d + kStep <= dim; d += kStep) {
-        Vec<A> column = correction * load<A>(total + d);
-        for (int i = 0; i < count; ++i) column += weight[i] * load<A>(key[i] + d);
-        store<A, A>(total + d, column);
-    }
-    if (d < dim) {
-        Vec<A> column = correction * load_first<A>(total + d, dim - d);
-        for (int i = 0; i < count; ++i) column += weight[i] * load_first<A>(key[i] + d, dim - d);
-        store_first<A, A>(total + d, column, dim - d);
+        const Lanes<double, kStreams> found =
+            attention.scale * dot<A, K>(attention.query, key, attention.dim);
+        for (int s = 0; s < kStreams; ++s) score[place[s]] = found[s];
     }
 }
 
-/// Tokens of a block that enter one of the sums, with their scores and weights.
-template <typename A, typename K>
-struct Members {
-    int count = 0;
-    const K* key[kMaxBlock];
-    double score[kBlockCapacity];
-    A weight[kBlockCapacity];
+/// The sums that a token may enter, with m, 1 - m and 1 of it.
+enum { kIn, kOut, kTeacher, kSums };
 
-    void add(const K* k, double s, A w) {
-        key[count] = k;
-        score[count] = s;
-        weight[count] = w;
-        ++count;
-    }
+/// The weights of a tile's tokens in one of the sums; 0 behind the last of them, up to a whole vector.
+template <typename A>
+struct Weights {
+    alignas(
+        64) A of[kMaxTile];  // first the share of each token that enters the sum, then the weight of its key
+    A correction;            // what the sum so far is multiplied with
 };
 
-template <typename A, typename K>
-void absorb(Members<A, K>* members, int64_t dim, OnlineSum<A>* online) {
-    if (members->count == 0) return;
+/// Take a tile into a softmax sum: shares become weights. score: (kMaxTile,), finite or not behind the tile's
+/// end.
+template <typename A>
+void absorb(const double* score, int count, Weights<A>* weights, OnlineSum<A>* online) {
     constexpr int kStep = kWidth<A>;
-    for (int i = members->count; i % kStep != 0; ++i) {
-        members->score[i] = -kInfinity<double>;
-        members->weight[i] = 0;
+    using Scores = Lanes<double, kStep>;
+    const Scores none = Scores{} - kInfinity<double>;
+    const auto entering = [&](int i) {
+        return __builtin_convertvector(load<A>(weights->of + i), Scores) > 0;
+    };
+    const auto scores = [&](int i) {
+        Scores s;
+        std::memcpy(&s, score + i, sizeof(s));
+        return s;
+    };
+    Scores top = Scores{} + online->max;
+    for (int i = 0; i < count; i += kStep) {
+        const Scores s = entering(i) ? scores(i) : none;
+        top = s > top ? s : top;
     }
-    Vec<double> largest = splat(online->max);
-    for (int i = 0; i < members->count; i += kWidth<double>) {
-        const Vec<double> s = load<double>(members->score + i);
-        largest = s > largest ? s : largest;
-    }
-    const double new_max = max<double>(largest);
-    const double correction = ::exp(online->max - new_max);
+    double max = top[0];
+    for (int i = 1; i < kStep; ++i) max = top[i] > max ? top[i] : max;
+    const double correction = max == online->max ? 1.0 : ::exp(online->max - max);
     Vec<A> total = {};
-    for (int i = 0; i < members->count; i += kStep) {
-        A below[kStep];
-        for (int lane = 0; lane < kStep; ++lane)
-            below[lane] = static_cast<A>(members->score[i + lane] - new_max);
-        const Vec<A> w = load<A>(members->weight + i) * exp<A>(load<A>(below));
-        store<A, A>(members->weight + i, w);
+    for (int i = 0; i < count; i += kStep) {
+        // What does not enter gets a share of 0 of 1, not of exp(-inf): numbers that underflow are slow.
+        const Scores below = entering(i) ? scores(i) - max : Scores{};
+        const Vec<A> w = load<A>(weights->of + i) * exp<A>(__builtin_convertvector(below, Vec<A>));
+        store<A, A>(weights->of + i, w);
         total += w;
     }
     online->sum = online->sum * correction + sum_in_double<A>(total);
-    online->max = new_max;
-    if (online->keys) {
-        weighted_sum(members->key, members->weight, members->count, static_cast<A>(correction), dim,
-                     online->keys);
+    online->max = max;
+    weights->correction = static_cast<A>(correction);
+}
+
+/// total[s] = correction * total[s] + sum_i weight[s][i] * key[i] for the first kCount sums, in kVectors
+/// vectors of columns from `d` on.
+template <typename A, typename K, int kCount, int kVectors>
+inline void add_columns(const Tile<K>& tile, const Weights<A> (&weights)[kSums], A* const (&total)[kSums],
+                        int64_t d) {
+    constexpr int kStep = kWidth<A>;
+    Vec<A> sum[kCount][kVectors] = {};
+    for (int i = 0; i < tile.count; ++i) {
+        for (int v = 0; v < kVectors; ++v) {
+            const Vec<A> key = load<A>(tile.key[i] + d + v * kStep);
+            for (int s = 0; s < kCount; ++s) sum[s][v] += weights[s].of[i] * key;
+        }
+    }
+    for (int s = 0; s < kCount; ++s) {
+        for (int v = 0; v < kVectors; ++v) {
+            A* const out = total[s] + d + v * kStep;
+            store<A, A>(out, weights[s].correction * load<A>(out) + sum[s][v]);
+        }
+    }
+}
+
+template <typename A, typename K, int kCount>
+void add_keys(const Tile<K>& tile, const Weights<A> (&weights)[kSums], int64_t dim,
+              A* const (&total)[kSums]) {
+    constexpr int kStep = kWidth<A>;
+    constexpr int kVectors = 4;
+    int64_t d = 0;
+    for (; d + kVectors * kStep <= dim; d += kVectors * kStep)
+        add_columns<A, K, kCount, kVectors>(tile, weights, total, d);
+    for (; d + kStep <= dim; d += kStep) add_columns<A, K, kCount, 1>(tile, weights, total, d);
+    if (d == dim) return;
+    Vec<A> sum[kCount] = {};
+    for (int i = 0; i < tile.count; ++i) {
+        const Vec<A> key = load_first<A>(tile.key[i] + d, dim - d);
+        for (int s = 0; s < kCount; ++s) sum[s] += weights[s].of[i] * key;
+    }
+    for (int s = 0; s < kCount; ++s) {
+        const Vec<A> before = weights[s].correction * load_first<A>(total[s] + d, dim - d);
+        store_first<A, A>(total[s] + d, before + sum[s], dim - d);
     }
 }
 
@@ -189,15 +210,15 @@ void start(int64_t dim, OnlineSum<A>* online) {
 
 template <typename A, typename K>
 double scores(const Attention<A>& attention, int64_t begin, int64_t end, double* scores) {
-    const int step = block_tokens<K>(attention.dim);
+    const int step = tile_tokens<K>(attention.dim);
     double poison = 0;
-    double score[kMaxBlock];
-    Block<K> block;
+    double score[kMaxTile];
+    Tile<K> tile;
     for (int64_t j = begin; j < end; j += step) {
-        collect(attention, j, j + step < end ? j + step : end, &block);
-        dots(attention, block, score);
-        for (int i = 0; i < block.count; ++i) {
-            scores[block.token[i]] = score[i];
+        collect(attention, j, j + step < end ? j + step : end, &tile);
+        dots(attention, tile, score);
+        for (int i = 0; i < tile.count; ++i) {
+            scores[tile.token[i]] = score[i];
             poison += score[i] * 0;
         }
     }
@@ -207,30 +228,42 @@ double scores(const Attention<A>& attention, int64_t begin, int64_t end, double*
 template <typename A, typename K>
 void forward(const Attention<A>& attention, int64_t begin, int64_t end, const A* weight,
              const double* teacher_scores, double* scores, Chunk<A>* chunk) {
-    const int step = block_tokens<K>(attention.dim);
-    const bool with_teacher = teacher_scores != nullptr;
-    start(attention.dim, &chunk->in);
-    start(attention.dim, &chunk->out);
-    start(attention.dim, &chunk->teacher);
+    const int64_t dim = attention.dim;
+    const int step = tile_tokens<K>(dim);
+    start(dim, &chunk->in);
+    start(dim, &chunk->out);
+    start(dim, &chunk->teacher);
     chunk->poison = 0;
-    double score[kMaxBlock];
-    Block<K> block;
+    alignas(64) double score[kMaxTile] = {}, teacher_score[kMaxTile] = {};
+    A* const keys[kSums] = {chunk->in.keys, chunk->out.keys, chunk->teacher.keys};
+    Weights<A> weights[kSums];
+    Tile<K> tile;
     for (int64_t j = begin; j < end; j += step) {
-        collect(attention, j, j + step < end ? j + step : end, &block);
-        dots(attention, block, score);
-        Members<A, K> in, out, teacher;
-        for (int i = 0; i < block.count; ++i) {
-            const int64_t token = block.token[i];
+        collect(attention, j, j + step < end ? j + step : end, &tile);
+        dots(attention, tile, score);
+        for (int i = 0; i < tile.count; ++i) {
+            const int64_t token = tile.token[i];
             const A m = weight[token];
             scores[token] = score[i];
             chunk->poison += score[i] * 0;
-            if (m > 0) in.add(block.key[i], score[i], m);
-            if (m < 1) out.add(block.key[i], score[i], 1 - m);
-            if (with_teacher) teacher.add(block.key[i], teacher_scores[token], 1);
+            weights[kIn].of[i] = m > 0 ? m : 0;  // a weight that is not a number enters neither
+            weights[kOut].of[i] = m < 1 ? 1 - m : 0;
+            if (teacher_scores) {
+                weights[kTeacher].of[i] = 1;
+                teacher_score[i] = teacher_scores[token];
+            }
         }
-        absorb(&in, attention.dim, &chunk->in);
-        absorb(&out, attention.dim, &chunk->out);
-        absorb(&teacher, attention.dim, &chunk->teacher);
+        for (int i = tile.count; i % kWidth<A> != 0; ++i)
+            weights[kIn].of[i] = weights[kOut].of[i] = weights[kTeacher].of[i] = 0;
+        absorb(score, tile.count, &weights[kIn], &chunk->in);
+        absorb(score, tile.count, &weights[kOut], &chunk->out);
+        if (teacher_scores) absorb(teacher_score, tile.count, &weights[kTeacher], &chunk->teacher);
+        if (!chunk->in.keys) continue;
+        if (teacher_scores) {
+            add_keys<A, K, 3>(tile, weights, dim, keys);
+        } else {
+            add_keys<A, K, 2>(tile, weights, dim, keys);
+        }
     }
 }
 

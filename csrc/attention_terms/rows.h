@@ -21,6 +21,7 @@ struct Attention {
     int64_t key_stride;   // elements from token to token; the D elements of a token are contiguous
     int64_t dim;          // D
     const bool* padding;  // (N,), true = ignore; null: none
+    bool fetch_ahead;     // whether to prefetch keys: see needs_prefetch()
 };
 
 /// A softmax sum over some tokens, relative to the largest score so far, and the weighted sum of their keys.
