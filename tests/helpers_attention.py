@@ -190,6 +190,32 @@ def solve(problem: Problem, backend: str) -> Solution:
     return Solution(terms, list(gradients[: len(query)]), list(gradients[len(query) :]))
 
 
+def offset_gradients(
+    problem: Problem, backend: str, taken: list[bool]
+) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor]]:
+    """Gradients of the offsets of the layers in ``taken``, of all keys, of all queries."""
+    query = [q.detach().requires_grad_() for q in problem.query]
+    key = [k.detach().requires_grad_() for k in problem.key]
+    dtype = torch.float64 if query[0].dtype == torch.float64 else torch.float32
+    offset = [
+        torch.zeros(k.shape[:2], dtype=dtype, device=k.device, requires_grad=True) if yes else None
+        for k, yes in zip(key, taken, strict=True)
+    ]
+    student = QueryAttention(query, key, problem.scale, problem.padding, offset)
+    terms = attention_terms(student, problem.region, teacher=problem.teacher, backend=backend)
+    loss = sum((g * term).sum() for g, term in zip(problem.incoming, terms[:3], strict=True))
+    leaves = [o for o in offset if o is not None]
+    found = torch.autograd.grad(loss, [*leaves, *key, *query], allow_unused=True)
+    by_offset = iter(found[: len(leaves)])
+    rest = found[len(leaves) :]
+    return [next(by_offset) if yes else None for yes in taken], list(rest[: len(key)]), list(rest[len(key) :])
+
+
+def multiplied_out(factor: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """The key's gradient from the gradient by ``query . key``."""
+    return (factor[..., None] * query[:, None].to(factor.dtype)).to(key.dtype)
+
+
 def literal(problem: Problem) -> Truth:
     """The equations, one layer and one sample at a time, with a naive softmax and autograd in float64."""
     layers, batch = len(problem.key), problem.key[0].shape[0]

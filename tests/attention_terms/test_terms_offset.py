@@ -7,10 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import NATIVE, poisoned_memory, same_bits
-from helpers_attention import Problem, assert_solves, literal, make_problem, solve
-from torch import Tensor
+from helpers_attention import assert_solves, literal, make_problem, multiplied_out, offset_gradients, solve
 
-from attbalance_ext import QueryAttention, attention_terms
+from attbalance_ext import QueryAttention
 from attbalance_ext.kernels.choose import BACKENDS as REGISTERED
 
 ALL = [*NATIVE, *(["triton"] if "cpu" in REGISTERED["triton"].devices else [])]
@@ -24,25 +23,6 @@ CASES = {
 }
 
 
-def offset_gradients(
-    problem: Problem, backend: str, taken: list[bool]
-) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor]]:
-    """Gradients of the offsets of the layers in ``taken``, of all keys, of all queries."""
-    query = [q.detach().requires_grad_() for q in problem.query]
-    key = [k.detach().requires_grad_() for k in problem.key]
-    dtype = torch.float64 if query[0].dtype == torch.float64 else torch.float32
-    offset = [torch.zeros(k.shape[:2], dtype=dtype, requires_grad=True) if yes else None
-              for k, yes in zip(key, taken, strict=True)]  # fmt: skip
-    student = QueryAttention(query, key, problem.scale, problem.padding, offset)
-    terms = attention_terms(student, problem.region, teacher=problem.teacher, backend=backend)
-    loss = sum((g * term).sum() for g, term in zip(problem.incoming, terms[:3], strict=True))
-    leaves = [o for o in offset if o is not None]
-    found = torch.autograd.grad(loss, [*leaves, *key, *query], allow_unused=True)
-    by_offset = iter(found[: len(leaves)])
-    rest = found[len(leaves) :]
-    return [next(by_offset) if yes else None for yes in taken], list(rest[: len(key)]), list(rest[len(key) :])
-
-
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("backend", ALL)
 def test_times_the_query_it_is_the_keys_gradient(backend: str, case: dict) -> None:
@@ -54,8 +34,8 @@ def test_times_the_query_it_is_the_keys_gradient(backend: str, case: dict) -> No
     assert [g is None for g in grad_key] == taken
     assert same_bits(grad_key[1], whole.grad_key[1])
     grad_key = [
-        key if factor is None else (factor[..., None] * query[:, None].to(factor.dtype)).to(stored.dtype)
-        for key, factor, query, stored in zip(grad_key, factors, problem.query, problem.key, strict=True)
+        grad if factor is None else multiplied_out(factor, query, key)
+        for grad, factor, query, key in zip(grad_key, factors, problem.query, problem.key, strict=True)
     ]
     if backend in NATIVE:  # to the last bit, but for the sign of 0 at padding
         assert all(map(torch.equal, grad_key, whole.grad_key))

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from helpers import same_bits
-from helpers_attention import GRIDS, LAYOUTS, assert_solves, literal, make_problem, problem_of, solve
+from helpers_attention import (
+    GRIDS,
+    LAYOUTS,
+    assert_solves,
+    literal,
+    make_problem,
+    multiplied_out,
+    offset_gradients,
+    problem_of,
+    solve,
+)
 from helpers_exact import exact, extreme_problem
 from helpers_gpu import BACKENDS, DEVICE, at_home, on_device, poison
 from helpers_pairwise import case_id, pairwise
@@ -69,6 +80,20 @@ def test_against_the_equations(backend: str, case: dict[str, Any]) -> None:
     assert_solves(at_home(solution), literal(problem))
     again = solve(there, backend)
     assert all(map(same_bits, solution.tensors(), again.tensors()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_factors_of_the_keys_gradient(dtype: torch.dtype, backend: str) -> None:
+    problem = make_problem(tokens=400, width=256, key_dtype=(dtype,), teacher_dtype=dtype, padded=True)
+    there = on_device(problem)
+    poison()
+    factors, grad_key, _ = offset_gradients(there, backend, [True, True])
+    assert grad_key == [None, None]
+    solution = solve(there, backend)
+    multiplied = [multiplied_out(*three) for three in zip(factors, there.query, there.key, strict=True)]
+    assert all(map(torch.equal, multiplied, solution.grad_key))
+    assert_solves(at_home(replace(solution, grad_key=multiplied)), literal(problem))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
