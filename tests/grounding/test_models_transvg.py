@@ -12,6 +12,7 @@ from helpers_models import (
     CANVAS,
     WORDS,
     assert_attention_is_fused,
+    assert_attention_only_shows_the_same,
     assert_padding_is_invisible,
     assert_tap_reads,
     parameters_without_gradient,
@@ -82,6 +83,10 @@ def test_a_teacher_stops_when_all_have_attended(model: TransVG) -> None:
     assert not ran
     for handle in [*handles, tap]:
         handle.remove()
+
+
+def test_what_a_teacher_shows_is_the_same(model: TransVG) -> None:
+    assert_attention_only_shows_the_same(model, problem(model), model.fusion.layers[-1].attention)
 
 
 def test_only_reg_asks_in_the_last_layer_and_nothing_is_lost(model: TransVG) -> None:
