@@ -172,9 +172,10 @@ class Trainer:
                 boxes = self.network(*batch.inputs)
             return self.criterion(None, _at_least_float32(boxes), batch.boxes, box_ratio=batch.box_ratio)
         with self._autocast():
+            inputs = (self.model.share(batch.images, batch.padding), *batch.inputs[1:])
             with self.tap.recording():
-                boxes = self.network(*batch.inputs)
-            teacher = self.teacher.attention(*batch.inputs, attention_only=True)
+                boxes = self.network(*inputs)
+            teacher = self.teacher.attention(*inputs, attention_only=True)
         terms = attention_terms(
             self.tap.attention(),
             BoxRegion(batch.boxes, self.model.grids, self.settings.rule),

@@ -12,7 +12,7 @@ from attbalance_ext import AttentionTap
 from attbalance_ext.grounding.models.base import GroundingModel
 from attbalance_ext.grounding.models.layers import MLP, PostNormLayer, trainable, xavier
 from attbalance_ext.grounding.models.text_branch import TextBranch
-from attbalance_ext.grounding.models.visual_branch import VisualBranch
+from attbalance_ext.grounding.models.visual_branch import Shared, VisualBranch
 
 
 class Fusion(nn.Module):
@@ -130,9 +130,12 @@ class TransVG(GroundingModel):
             layers=self.layers,
         )
 
+    def share(self, images: Tensor, padding: Tensor | None) -> Shared:
+        return self.visual_branch.share(images, padding)
+
     def forward(
         self,
-        images: Tensor,
+        images: Tensor | Shared,
         padding: Tensor | None,
         words: Tensor,
         word_padding: Tensor,
