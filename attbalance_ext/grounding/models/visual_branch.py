@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import DetrConfig, DetrModel, PretrainedConfig, ResNetBackbone, ResNetConfig
 
 from attbalance_ext.grounding.errors import UserError
+from attbalance_ext.grounding.models.folded import fold
 from attbalance_ext.grounding.models.layers import PostNormLayer, token_padding, trainable, xavier
 from attbalance_ext.grounding.models.pixels import Normalisation
 from attbalance_ext.grounding.models.pretrained import load, read_config, require_design
@@ -60,7 +61,8 @@ class Shared(NamedTuple):
 class VisualBranch(nn.Module):
     """ResNet (stride 32), 1 x 1 convolution to 256 channels, six encoder layers.
 
-    The ResNet is transformers', with DETR's frozen batch norm, and as in DETR its stem and first stage never train.
+    The ResNet is transformers', with DETR's frozen batch norm (folded into the convolutions, see
+    :class:`FoldedConvolution`), and as in DETR its stem and first stage never train.
     The encoder layers are ours: those of transformers materialise attention weights in some versions, and ask the
     host in each layer whether everything is finite. They take the same weights.
 
@@ -88,6 +90,7 @@ class VisualBranch(nn.Module):
         self.resnet.requires_grad_(True)
         self.resnet.embedder.requires_grad_(False)
         self.resnet.encoder.stages[0].requires_grad_(False)
+        fold(self.resnet)
         self.projection = detr.input_projection
         self.layers = nn.ModuleList(PostNormLayer(self.dim, 8, 2048, dropout) for _ in detr.encoder.layers)
         if weights is None:
