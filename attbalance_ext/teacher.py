@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -71,19 +71,19 @@ class MomentumTeacher(nn.Module):
         """
         for unit in (*units(self.module), *units(model)):
             unit.reshard()  # after a forward pass without a backward one it shows a gathered copy of its parameters
-        groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-        for parameter, current in zip(self.module.parameters(), model.parameters(), strict=True):
-            averages, currents = groups.setdefault((parameter.device, parameter.dtype), ([], []))
-            averages.append(parameter.detach())
-            value = current.detach()
-            currents.append((value if is_sharded(parameter) else gathered(value)).to(parameter))
-        average = get_ema_multi_avg_fn(self.momentum)
-        for averages, currents in groups.values():
-            average(averages, currents, 0)
-        for buffer, current_buffer in zip(self.module.buffers(), model.buffers(), strict=True):
-            if buffer.shape != current_buffer.shape:
-                buffer.resize_(current_buffer.shape)  # a running rho has no size before its first step
-            buffer.copy_(current_buffer)
+        parameters = [
+            (average, (current if is_sharded(average) else gathered(current)).to(average))
+            for average, current in zip(self.module.parameters(), model.parameters(), strict=True)
+        ]
+        average_all = get_ema_multi_avg_fn(self.momentum)
+        for averages, currents in _of_one_kind(parameters):
+            average_all(averages, currents, 0)
+        buffers = list(zip(self.module.buffers(), model.buffers(), strict=True))
+        for buffer, current in buffers:
+            if buffer.shape != current.shape:
+                buffer.resize_(current.shape)  # a running rho has no size before its first step
+        for copies, currents in _of_one_kind(buffers):
+            torch._foreach_copy_(copies, currents)
 
     @torch.no_grad()
     def attention(self, *args: Any, **kwargs: Any) -> QueryAttention:
@@ -95,3 +95,13 @@ class MomentumTeacher(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> QueryAttention:
         """The same as :meth:`attention`, so that wrappers which call modules work."""
         return self.attention(*args, **kwargs)
+
+
+def _of_one_kind(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterable[tuple[list[Tensor], list[Tensor]]]:
+    """The first and the second tensors, apart by the first one's device and dtype: what one launch can take."""
+    groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+    for first, second in pairs:
+        firsts, seconds = groups.setdefault((first.device, first.dtype), ([], []))
+        firsts.append(first)
+        seconds.append(second)
+    return groups.values()

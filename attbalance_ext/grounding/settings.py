@@ -13,6 +13,7 @@ from attbalance_ext.grounding.models import PARTS, design
 RULES = ("touch", "center", "coverage", "nearest")
 SCHEDULES = ("cosine", "step")
 PRECISIONS = ("fp32", "bf16", "fp16")
+TEACHER_PRECISIONS = ("same", "bf16")
 WRONG_BOXES = ("skip", "repair", "error")
 
 
@@ -66,7 +67,7 @@ class Settings:
     clip: float | None = 1.0
     """Largest norm of the gradient; None: any."""
     precision: str = "fp32"
-    """Of the model's forward passes, the teacher's too: fp32, or autocast to bf16 or fp16 (with loss scaling)."""
+    """Of the model's forward passes: fp32, or autocast to bf16 or fp16 (with loss scaling)."""
     pretrain_steps: int = 400
     """Language-free steps for the tiny models' frozen image encoder; 0 leaves it random."""
 
@@ -77,6 +78,8 @@ class Settings:
     """The attention terms are on for this first part of the steps (the paper: 60 of 90 epochs)."""
     momentum: float = 0.9
     """Of the teacher's moving average."""
+    teacher_precision: str = "same"
+    """Of the teacher's forward pass: the same as the model's, or autocast to bf16. Its average is always in float32."""
     rule: str = "touch"
     """How a box becomes weights on the visual tokens, see ``BoxRegion``."""
     backend: str = "auto"
@@ -111,6 +114,7 @@ class Settings:
             ("backend", ("auto", *available_backends())),
             ("schedule", SCHEDULES),
             ("precision", PRECISIONS),
+            ("teacher_precision", TEACHER_PRECISIONS),
             ("wrong_boxes", WRONG_BOXES),
         ):
             _require_known(name, getattr(self, name), known)

@@ -167,14 +167,17 @@ class Trainer:
 
     def _objective(self, batch: Batch) -> AttBalanceOutput:
         """From a batch to its loss: what is compiled."""
+        precision, teacher_precision = self.settings.precision, self.settings.teacher_precision
         if self.tap is None or self.teacher is None:
-            with self._autocast():
+            with self._autocast(precision):
                 boxes = self.network(*batch.inputs)
             return self.criterion(None, _at_least_float32(boxes), batch.boxes, box_ratio=batch.box_ratio)
-        with self._autocast():
+        with self._autocast(precision):
+            inputs = (self.model.share(batch.images, batch.padding), *batch.inputs[1:])
             with self.tap.recording():
-                boxes = self.network(*batch.inputs)
-            teacher = self.teacher.attention(*batch.inputs, attention_only=True)
+                boxes = self.network(*inputs)
+        with self._autocast(precision if teacher_precision == "same" else teacher_precision):
+            teacher = self.teacher.attention(*inputs, attention_only=True)
         terms = attention_terms(
             self.tap.attention(),
             BoxRegion(batch.boxes, self.model.grids, self.settings.rule),
@@ -183,10 +186,10 @@ class Trainer:
         )
         return self.criterion(terms, _at_least_float32(boxes), batch.boxes, box_ratio=batch.box_ratio)
 
-    def _autocast(self) -> AbstractContextManager[None]:
-        if self.settings.precision == "fp32":
+    def _autocast(self, precision: str) -> AbstractContextManager[None]:
+        if precision == "fp32":
             return nullcontext()
-        dtype = torch.bfloat16 if self.settings.precision == "bf16" else torch.float16
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float16
         return torch.autocast(self.device.type, dtype)
 
     def _plan(self) -> Iterator[tuple[Tensor, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +73,36 @@ def assert_tap_reads(model: GroundingModel, attention: nn.MultiheadAttention, vi
     assert record.padding is not None
     expected = torch.tensor([[False] * 9, [False, False, True] * 3])
     assert torch.equal(record.padding, expected)
+
+
+def assert_attention_only_shows_the_same(
+    model: GroundingModel, inputs: tuple[Any, ...], last: nn.MultiheadAttention
+) -> None:
+    """A forward pass that stops early gives a tap the bits of a whole one; its last attention attends to nothing."""
+    tap = model.make_tap()
+    forward, ran = nn.MultiheadAttention.forward, []
+
+    def counted(module: nn.MultiheadAttention, *args: Any, **options: Any) -> Any:
+        ran.append(module)
+        return forward(module, *args, **options)
+
+    records = []
+    with torch.no_grad(), mock.patch.object(nn.MultiheadAttention, "forward", counted):
+        for attention_only in (False, True):
+            ran.clear()
+            with tap.recording():
+                model(*inputs, attention_only=attention_only)
+            records.append(tap.attention())
+            assert (last in ran) is not attention_only
+    tap.remove()
+    whole, early = records
+    assert len(early.key) == len(model.supervised)
+    for name in ("query", "key"):
+        assert all(map(torch.equal, getattr(early, name), getattr(whole, name)))
+    assert early.scale == whole.scale
+    paddings = [record.padding for record in records if record.padding is not None]
+    assert len(paddings) != 1
+    assert not paddings or torch.equal(*paddings)
 
 
 def parameters_without_gradient(model: GroundingModel) -> list[str]:

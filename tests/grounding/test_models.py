@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from helpers_models import assert_attention_only_shows_the_same
 
 from attbalance_ext import AttentionTap, attention_map
 from attbalance_ext.grounding.errors import UserError
@@ -112,6 +113,10 @@ def test_a_teacher_stops_when_all_have_attended(model: GroundingModel) -> None:
         assert model(*inputs(model), attention_only=True).numel() == 0
     assert len(taps.attention().key) == 3
     assert not ran
+
+
+def test_what_a_teacher_shows_is_the_same(model: GroundingModel) -> None:
+    assert_attention_only_shows_the_same(model.eval(), inputs(model), model.fusion[-1].attention)
 
 
 def test_every_trainable_parameter_is_in_one_part(model: GroundingModel) -> None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers_models import assert_attention_only_shows_the_same
 from torch import nn
 
 from attbalance_ext import AttBalanceLoss, BoxRegion, attention_map, attention_terms
@@ -267,6 +268,10 @@ def test_a_teacher_stops_when_all_have_attended(case: Case) -> None:
     assert len(tap.attention().key) == len(case.model.supervised)
     tap.remove()
     assert not ran
+
+
+def test_what_a_teacher_shows_is_the_same(case: Case) -> None:
+    assert_attention_only_shows_the_same(case.model, case.inputs(), host_attention(case)[-1])
 
 
 def test_every_trainable_parameter_is_in_one_part_and_gets_a_gradient(case: Case) -> None:

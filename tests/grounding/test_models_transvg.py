@@ -12,6 +12,7 @@ from helpers_models import (
     CANVAS,
     WORDS,
     assert_attention_is_fused,
+    assert_attention_only_shows_the_same,
     assert_padding_is_invisible,
     assert_tap_reads,
     parameters_without_gradient,
@@ -31,7 +32,10 @@ from transformers import (
     DetrForObjectDetection,
     ResNetConfig,
 )
+from transformers.models.detr.modeling_detr import DetrFrozenBatchNorm2d
+from transformers.models.resnet.modeling_resnet import ResNetConvLayer, ResNetShortCut
 
+from attbalance_ext.grounding.models.folded import FoldedConvolution, fold
 from attbalance_ext.grounding.models.text_branch import BERT_BASE, TextBranch
 from attbalance_ext.grounding.models.transvg import Fusion, TransVG
 from attbalance_ext.grounding.models.visual_branch import DEPTHS, DETR, OWN_BACKBONE, RESNET, VisualBranch
@@ -82,6 +86,10 @@ def test_a_teacher_stops_when_all_have_attended(model: TransVG) -> None:
     assert not ran
     for handle in [*handles, tap]:
         handle.remove()
+
+
+def test_what_a_teacher_shows_is_the_same(model: TransVG) -> None:
+    assert_attention_only_shows_the_same(model, problem(model), model.fusion.layers[-1].attention)
 
 
 def test_only_reg_asks_in_the_last_layer_and_nothing_is_lost(model: TransVG) -> None:
@@ -175,6 +183,44 @@ def test_batch_norm_is_frozen(model: TransVG) -> None:
     model.eval()
     assert len(before) == 4 * 53
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.visual_branch.resnet.named_buffers())
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_folded_norm_is_the_norm(stride: int) -> None:
+    """Of both kinds of layer: values, gradients, and the names of their state."""
+    layers = nn.ModuleList([ResNetConvLayer(4, 6, stride=stride), ResNetShortCut(4, 6, stride=stride)]).double()
+    for layer in layers:
+        norm = DetrFrozenBatchNorm2d(6).double()
+        for buffer in norm.buffers():
+            buffer.uniform_(0.5, 1.5)
+        layer.normalization = norm
+    folded = copy.deepcopy(layers)
+    fold(folded)
+    x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    for layer, other in zip(layers, folded, strict=True):
+        assert isinstance(other, FoldedConvolution)
+        assert layer.state_dict().keys() == other.state_dict().keys()
+        results = []
+        for module in (layer, other):
+            given = x.clone().requires_grad_()
+            output = module(given)
+            (output * torch.arange(output.numel()).view_as(output)).sum().backward()
+            results.append((output, given.grad, module.convolution.weight.grad))
+        torch.testing.assert_close(*results)
+
+
+def test_maps_stay_in_low_precision_under_autocast(model: TransVG) -> None:
+    seen = []
+    hooks = [
+        module.register_forward_hook(lambda _, args, output: seen.extend((args[0].dtype, output.dtype)))
+        for stage in model.visual_branch.resnet.encoder.stages
+        for module in stage.modules()
+    ]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model.visual_branch(*problem(model)[:2])
+    for hook in hooks:
+        hook.remove()
+    assert set(seen) == {torch.bfloat16}
 
 
 def test_random_resnet_features_keep_their_size() -> None:

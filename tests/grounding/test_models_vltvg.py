@@ -9,6 +9,7 @@ from helpers_models import (
     WORDS,
     Operations,
     assert_attention_is_fused,
+    assert_attention_only_shows_the_same,
     assert_padding_is_invisible,
     assert_tap_reads,
     parameters_without_gradient,
@@ -86,6 +87,10 @@ def test_a_teacher_stops_when_all_have_attended(model: GroundingModel) -> None:
     assert not ran
     for handle in [*handles, tap]:
         handle.remove()
+
+
+def test_what_a_teacher_shows_is_the_same(model: GroundingModel) -> None:
+    assert_attention_only_shows_the_same(model, problem(model), model.reasoning.stages[-1].visual_attention)
 
 
 def test_every_trainable_parameter_is_in_one_part(model: GroundingModel) -> None:

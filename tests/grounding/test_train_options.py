@@ -108,6 +108,20 @@ def test_bf16_follows_fp32(make_trainer: MakeTrainer) -> None:
     assert half == pytest.approx(full, rel=0.05)
 
 
+def test_the_teacher_alone_in_bf16(make_trainer: MakeTrainer) -> None:
+    """The student's forward pass keeps its bits; the attention it is to follow is rounded, what is averaged is not."""
+    same, half = (make_trainer(name, teacher_precision=name) for name in ("same", "bf16"))
+    for trainer in (same, half):
+        losses(trainer, 4)
+    first, other = (trainer.log.history["train"] for trainer in (same, half))
+    assert all(first[0][name] == other[0][name] for name in ("box", "rac", "iou"))
+    assert other[0]["mrc"] != first[0]["mrc"]
+    assert other[3]["mrc"] == pytest.approx(first[3]["mrc"], rel=0.1)
+    assert {parameter.dtype for parameter in half.teacher.parameters()} == {torch.float32}
+    with pytest.raises(UserError, match="unknown teacher_precision 'fp8'; there is: same, bf16"):
+        make_trainer(teacher_precision="fp8")
+
+
 def test_fp16_leaves_out_steps_that_overflow_and_goes_on(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(precision="fp16", model_options=NO_DROPOUT)
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**26)

@@ -191,6 +191,9 @@ def train(
     momentum: Annotated[
         float, typer.Option(min=0, max=1, help="Of the teacher's moving average.", rich_help_panel=_ATTBALANCE)
     ] = DEFAULT.momentum,
+    teacher_precision: Annotated[
+        str, typer.Option(help="Of the teacher's forward pass: same, or bf16.", rich_help_panel=_ATTBALANCE)
+    ] = DEFAULT.teacher_precision,
     rule: Annotated[
         str,
         typer.Option(help="Box to token weights: touch, center, coverage, nearest.", rich_help_panel=_ATTBALANCE),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -46,10 +47,19 @@ class GroundingModel(nn.Module, ABC):
         """
         return images
 
+    def share(self, images: Tensor, padding: Tensor | None) -> Any:
+        """What :meth:`forward` starts with and no training changes at present, for student and teacher to share.
+
+        It ends where a parameter has ``requires_grad``, dropout begins or the sentence comes in. :meth:`forward` takes
+        the result in place of ``images``, gives the same bits and the same gradients, and so does that of a momentum
+        teacher as long as what does not train has not trained since the teacher was made.
+        """
+        return images
+
     @abstractmethod
     def forward(
         self,
-        images: Tensor,
+        images: Any,
         padding: Tensor | None,
         words: Tensor,
         word_padding: Tensor,
@@ -58,9 +68,10 @@ class GroundingModel(nn.Module, ABC):
     ) -> Tensor:
         """Boxes on the canvas, cxcywh in [0, 1]: (B, 4), or (S, B, 4) for S supervised stages, the last one the answer.
 
-        images: from :meth:`prepare`. padding: (B, S, S) bool, True where the canvas shows no image; None: nowhere.
-        words: (B, T) int64. word_padding: (B, T) bool, True = ignore. attention_only: stop when the last layer
-        has attended and give back an empty tensor: all that a momentum teacher needs.
+        images: from :meth:`prepare`, or what :meth:`share` made of them. padding: (B, S, S) bool, True where the canvas
+        shows no image; None: nowhere. words: (B, T) int64. word_padding: (B, T) bool, True = ignore. attention_only:
+        stop when the last layer knows its query and keys, call its attention for the hooks alone, and give back an
+        empty tensor: all that a momentum teacher needs.
         """
 
     @abstractmethod

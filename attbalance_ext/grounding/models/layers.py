@@ -4,9 +4,22 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+class Attention(nn.MultiheadAttention):
+    """Multi-head attention that can be called for its hooks alone: without a value it attends to nothing.
+
+    The last layer of a momentum teacher needs no more than to show a tap its query and keys.
+    """
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor | None, *args: Any, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        return (query, None) if value is None else super().forward(query, key, value, *args, **options)
 
 
 class EncoderLayer(nn.Module):
@@ -19,7 +32,7 @@ class EncoderLayer(nn.Module):
     def __init__(self, dim: int, heads: int, hidden: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.norm_attention = nn.LayerNorm(dim)
-        self.attention = nn.MultiheadAttention(dim, heads, dropout=dropout)
+        self.attention = Attention(dim, heads, dropout=dropout)
         self.norm_feedforward = nn.LayerNorm(dim)
         self.feedforward = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, dim))
         self.dropout = nn.Dropout(dropout)
@@ -32,6 +45,11 @@ class EncoderLayer(nn.Module):
         tokens = tokens + self.dropout(attended)
         return tokens + self.dropout(self.feedforward(self.norm_feedforward(tokens)))
 
+    def show(self, tokens: Tensor, padding: Tensor | None = None) -> None:
+        """Call the attention for its hooks alone, arguments as in :meth:`forward`; the first token asks."""
+        keys = self.norm_attention(tokens)
+        self.attention(keys[:1], keys, None, key_padding_mask=padding)
+
 
 class PostNormLayer(nn.Module):
     """Post-norm self-attention and feed-forward layer of DETR (Carion et al., ECCV 2020, appendix A.3), sequence-first.
@@ -42,7 +60,7 @@ class PostNormLayer(nn.Module):
 
     def __init__(self, dim: int, heads: int, hidden: int, dropout: float) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(dim, heads, dropout=dropout)
+        self.attention = Attention(dim, heads, dropout=dropout)
         self.norm_attention = nn.LayerNorm(dim)
         self.feedforward = FeedForward(dim, hidden, dropout)
 
@@ -53,15 +71,14 @@ class PostNormLayer(nn.Module):
 
         queries: only the first ``queries`` tokens attend and come back.
         """
-        return self.feedforward(self.attend(tokens, positions, padding, queries=queries))
-
-    def attend(
-        self, tokens: Tensor, positions: Tensor, padding: Tensor | None = None, *, queries: int | None = None
-    ) -> Tensor:
-        """The first half of :meth:`forward`, up to the feed-forward network."""
         keys = tokens + positions
         attended, _ = self.attention(keys[:queries], keys, tokens, key_padding_mask=padding, need_weights=False)
-        return self.norm_attention(tokens[:queries] + self.feedforward.dropout(attended))
+        return self.feedforward(self.norm_attention(tokens[:queries] + self.feedforward.dropout(attended)))
+
+    def show(self, tokens: Tensor, positions: Tensor, padding: Tensor | None = None) -> None:
+        """Call the attention for its hooks alone, arguments as in :meth:`forward`; the first token asks."""
+        keys = tokens + positions
+        self.attention(keys[:1], keys, None, key_padding_mask=padding)
 
 
 class FeedForward(nn.Module):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attbalance_ext import AttentionTap
-from attbalance_ext.grounding.models.layers import MLP, FeedForward, xavier
+from attbalance_ext.grounding.models.layers import MLP, Attention, FeedForward, xavier
 from attbalance_ext.grounding.models.relative_attention import RelativeAttention
 
 
@@ -69,35 +69,23 @@ class Stage(nn.Module):
         super().__init__()
         self.text_attention = nn.MultiheadAttention(dim, heads, dropout=dropout)
         self.norm_text = nn.LayerNorm(dim)
-        self.visual_attention = nn.MultiheadAttention(dim, heads, dropout=dropout)
+        self.visual_attention = Attention(dim, heads, dropout=dropout)
         self.norm_visual = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
         self.feedforward = FeedForward(dim, hidden, dropout)
 
-    def attend(
-        self,
-        query: Tensor,
-        text_query: Tensor,
-        visual_query: Tensor,
-        words: Tensor,
-        word_padding: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        visual_padding: Tensor | None,
-    ) -> Tensor:
-        """query (1, B, D) -> (1, B, D), still without the feed-forward network.
+    def read(self, query: Tensor, words: Tensor, word_padding: Tensor) -> Tensor:
+        """query (1, B, D), words (T, B, D), word_padding (B, T) bool, True = ignore -> (1, B, D)."""
+        read, _ = self.text_attention(query, words, words, key_padding_mask=word_padding, need_weights=False)
+        return self.norm_text(read)
 
-        text_query, visual_query (D,): what is added to the query for the words and for the image. words (T, B, D);
-        keys and values (N, B, D) of the visual tokens; paddings (B, T) and (B, N) bool, True = ignore.
+    def look(self, query: Tensor, asked: Tensor, keys: Tensor, values: Tensor, padding: Tensor | None) -> Tensor:
+        """The query (1, B, D) with what ``asked`` (1, B, D) finds in the visual tokens' keys and values (N, B, D).
+
+        padding (B, N) bool, True = ignore.
         """
-        read, _ = self.text_attention(
-            query + text_query, words, words, key_padding_mask=word_padding, need_weights=False
-        )
-        read = self.norm_text(read)
-        seen, _ = self.visual_attention(
-            read + visual_query, keys, values, key_padding_mask=visual_padding, need_weights=False
-        )
-        return self.norm_visual(query + self.dropout(seen))
+        seen, _ = self.visual_attention(asked, keys, values, key_padding_mask=padding, need_weights=False)
+        return self.feedforward(self.norm_visual(query + self.dropout(seen)))
 
 
 class Reasoning(nn.Module):
@@ -133,7 +121,7 @@ class Reasoning(nn.Module):
     ) -> Tensor:
         """text (B, T, text_dim), visual (B, N, D), positions (B or 1, N, D) -> boxes (S, B, 4) of all S stages.
 
-        word_padding (B, T), visual_padding (B, N): bool, True = ignore. attention_only: empty, once all have attended.
+        word_padding (B, T), visual_padding (B, N): bool, True = ignore. attention_only: empty, once all have asked.
         """
         words = self.text_projection(text).transpose(0, 1)  # from here on, tokens are sequence-first
         values = visual.transpose(0, 1)
@@ -142,12 +130,11 @@ class Reasoning(nn.Module):
         *_, last = stages = cast(Sequence[Stage], list(self.stages))
         outputs = []
         for stage in stages:
-            query = stage.attend(
-                query, self.text_query, self.visual_query, words, word_padding, keys, values, visual_padding
-            )
+            asked = stage.read(query + self.text_query, words, word_padding) + self.visual_query
             if attention_only and stage is last:
+                stage.visual_attention(asked, keys, None, key_padding_mask=visual_padding)  # for its hooks alone
                 return query.new_empty(0)
-            query = stage.feedforward(query)
+            query = stage.look(query, asked, keys, values, visual_padding)
             outputs.append(query[0])
         return self.box_head(self.norm(torch.stack(outputs))).sigmoid()
 

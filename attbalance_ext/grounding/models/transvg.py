@@ -12,7 +12,7 @@ from attbalance_ext import AttentionTap
 from attbalance_ext.grounding.models.base import GroundingModel
 from attbalance_ext.grounding.models.layers import MLP, PostNormLayer, trainable, xavier
 from attbalance_ext.grounding.models.text_branch import TextBranch
-from attbalance_ext.grounding.models.visual_branch import VisualBranch
+from attbalance_ext.grounding.models.visual_branch import Shared, VisualBranch
 
 
 class Fusion(nn.Module):
@@ -58,7 +58,7 @@ class Fusion(nn.Module):
     ) -> Tensor:
         """text (B, T, text_dim) with T <= max_words, visual (B, N, visual_dim) -> boxes (B, 4).
 
-        word_padding (B, T), visual_padding (B, N): bool, True = ignore. attention_only: empty, once all have attended.
+        word_padding (B, T), visual_padding (B, N): bool, True = ignore. attention_only: empty, once all have asked.
         """
         batch, length, _ = text.shape  # from here on, tokens are sequence-first
         words = self.text_projection(text).transpose(0, 1)
@@ -71,10 +71,11 @@ class Fusion(nn.Module):
         *first, last = cast(Sequence[PostNormLayer], self.layers)
         for layer in first:
             tokens = layer(tokens, positions, ignored)
-        reg = last.attend(tokens, positions, ignored, queries=1)
         if attention_only:
-            return reg.new_empty(0)
-        return self.box_head(last.feedforward(reg)[0]).sigmoid()
+            last.show(tokens, positions, ignored)
+            return tokens.new_empty(0)
+        reg = last(tokens, positions, ignored, queries=1)[0]
+        return self.box_head(reg).sigmoid()
 
     def make_tap(self, layers: Sequence[int]) -> AttentionTap:
         """A tap on REG's attention to the visual tokens in the layers with these indices."""
@@ -129,9 +130,12 @@ class TransVG(GroundingModel):
             layers=self.layers,
         )
 
+    def share(self, images: Tensor, padding: Tensor | None) -> Shared:
+        return self.visual_branch.share(images, padding)
+
     def forward(
         self,
-        images: Tensor,
+        images: Tensor | Shared,
         padding: Tensor | None,
         words: Tensor,
         word_padding: Tensor,

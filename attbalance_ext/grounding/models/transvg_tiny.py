@@ -112,11 +112,13 @@ class TransVGTiny(GroundingModel):
         never = word_padding.new_zeros(batch, 1)
         no_image = never.expand(-1, count) if visual_padding is None else visual_padding
         ignored = torch.cat([never, word_padding, no_image], dim=1)
-        for layer in self.fusion[:-1]:
+        *first, last = cast(Sequence[EncoderLayer], self.fusion)
+        for layer in first:
             tokens = layer(tokens, ignored)
-        tokens = self.fusion[-1](tokens, ignored, queries=1)  # nothing else of the last layer is ever read
         if attention_only:
+            last.show(tokens, ignored)
             return tokens.new_empty(0)
+        tokens = last(tokens, ignored, queries=1)  # nothing else of the last layer is ever read
         return self.box_head(self.norm(tokens[0])).sigmoid()
 
     def make_tap(self, *, every_layer: bool = False) -> AttentionTap:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import DetrConfig, DetrModel, PretrainedConfig, ResNetBackbone, ResNetConfig
 
 from attbalance_ext.grounding.errors import UserError
-from attbalance_ext.grounding.models.layers import PostNormLayer, token_padding, xavier
+from attbalance_ext.grounding.models.folded import fold
+from attbalance_ext.grounding.models.layers import PostNormLayer, token_padding, trainable, xavier
 from attbalance_ext.grounding.models.pixels import Normalisation
 from attbalance_ext.grounding.models.pretrained import load, read_config, require_design
 
@@ -48,10 +49,20 @@ class VisualTokens(NamedTuple):
     """(B, N) bool, True = ignore; None: no token is padding."""
 
 
+class Shared(NamedTuple):
+    """Images on their way through the branch, as far as nothing trains."""
+
+    features: Tensor
+    """(B, C, H, W)"""
+    done: int
+    """How many of the branch's convolutional parts they have passed."""
+
+
 class VisualBranch(nn.Module):
     """ResNet (stride 32), 1 x 1 convolution to 256 channels, six encoder layers.
 
-    The ResNet is transformers', with DETR's frozen batch norm, and as in DETR its stem and first stage never train.
+    The ResNet is transformers', with DETR's frozen batch norm (folded into the convolutions, see
+    :class:`FoldedConvolution`), and as in DETR its stem and first stage never train.
     The encoder layers are ours: those of transformers materialise attention weights in some versions, and ask the
     host in each layer whether everything is finite. They take the same weights.
 
@@ -79,6 +90,7 @@ class VisualBranch(nn.Module):
         self.resnet.requires_grad_(True)
         self.resnet.embedder.requires_grad_(False)
         self.resnet.encoder.stages[0].requires_grad_(False)
+        fold(self.resnet)
         self.projection = detr.input_projection
         self.layers = nn.ModuleList(PostNormLayer(self.dim, 8, 2048, dropout) for _ in detr.encoder.layers)
         if weights is None:
@@ -88,9 +100,25 @@ class VisualBranch(nn.Module):
             for layer, source in zip(self.layers, detr.encoder.layers, strict=True):
                 layer.load_state_dict(_from_detr(source.state_dict()))
 
-    def forward(self, images: Tensor, padding: Tensor | None) -> VisualTokens:
-        """images (B, 3, S, S) uint8; padding (B, S, S) bool, True outside the image, or None: all is image."""
-        features = self.projection(self.resnet(self.normalise(images, padding)).feature_maps[-1])
+    def convolutions(self) -> list[nn.Module]:
+        """The parts that images pass before the encoder layers. None of them knows training from evaluation."""
+        return [self.resnet.embedder, *self.resnet.encoder.stages, self.projection]
+
+    @torch.no_grad()
+    def share(self, images: Tensor, padding: Tensor | None) -> Shared:
+        """Images behind the last part before which, and in which, nothing trains; arguments as in :meth:`forward`."""
+        features, done = self.normalise(images, padding), 0
+        for part in self.convolutions():
+            if trainable(part):
+                break
+            features, done = part(features), done + 1
+        return Shared(features, done)
+
+    def forward(self, images: Tensor | Shared, padding: Tensor | None) -> VisualTokens:
+        """images (B, 3, S, S) uint8, or shared; padding (B, S, S) bool, True where there is no image, or None."""
+        features, done = images if isinstance(images, Shared) else (self.normalise(images, padding), 0)
+        for part in self.convolutions()[done:]:
+            features = part(features)
         ignored = None if padding is None else token_padding(padding, self.grid)
         positions = detr_positions(ignored, self.grid, self.dim, features.device)
         tokens, along = features.flatten(2).permute(2, 0, 1), positions.transpose(0, 1)

@@ -11,7 +11,7 @@ from attbalance_ext.grounding.models.base import GroundingModel
 from attbalance_ext.grounding.models.layers import trainable
 from attbalance_ext.grounding.models.reasoning import Reasoning
 from attbalance_ext.grounding.models.text_branch import TextBranch
-from attbalance_ext.grounding.models.visual_branch import VisualBranch
+from attbalance_ext.grounding.models.visual_branch import Shared, VisualBranch
 
 
 class VLTVG(GroundingModel):
@@ -66,9 +66,12 @@ class VLTVG(GroundingModel):
             dropout=0.1,
         )
 
+    def share(self, images: Tensor, padding: Tensor | None) -> Shared:
+        return self.visual_branch.share(images, padding)
+
     def forward(
         self,
-        images: Tensor,
+        images: Tensor | Shared,
         padding: Tensor | None,
         words: Tensor,
         word_padding: Tensor,
