@@ -130,8 +130,7 @@ def teacher_update(inputs: StepInputs) -> Task:
 
     def results() -> Results:
         with inputs.restored_teacher():
-            update()
-            return {"teacher": inputs.fusion_weights()[1]}
+            return _moved(inputs, update)
 
     return Task(results, {"step": lambda: update})
 
@@ -177,7 +176,13 @@ def _task(
         if update is None:
             return gradient_norm(inputs, loss(watcher))
         with inputs.restored_teacher():
-            update()
-            return {**gradient_norm(inputs, loss(watcher)), "teacher": inputs.fusion_weights()[1]}
+            return {**_moved(inputs, update), **gradient_norm(inputs, loss(watcher))}
 
     return Task(results, {"step": prepare})
+
+
+def _moved(inputs: StepInputs, update: Callable[[], None]) -> Results:
+    """How far an update of the teacher takes it."""
+    _, before = inputs.fusion_weights()
+    update()
+    return {"teacher's move": inputs.fusion_weights()[1] - before}

@@ -139,8 +139,8 @@ class StepSuite:
         """On the reference backend, in the case's precision. Without dropout, as all that is held to it."""
         inputs.model.eval()
         momentum = inputs.settings.momentum
-        student, teacher_before = inputs.fusion_weights()
-        updated = {"teacher": momentum * teacher_before + (1 - momentum) * student}
+        student, teacher_weights = inputs.fusion_weights()
+        updated = {"teacher's move": (1 - momentum) * (student - teacher_weights)}
         with inputs.restored_teacher():
             inputs.teacher.update(inputs.model)
             teacher = _teacher_attention(inputs)

@@ -24,7 +24,8 @@ from benchmarks.task import Results
 from benchmarks.today.host import Heads, MaterialisedHost
 from benchmarks.watch import Watch
 
-_TOLERANCE = {"fp32": 1e-4, "bf16": 6e-2}
+# Six layers of bfloat16 leave gradients a tenth and more from the float64 ones, without any attention terms.
+_TOLERANCE = {"fp32": 1e-4, "bf16": 0.25}
 PRECISIONS = tuple(_TOLERANCE)
 
 
