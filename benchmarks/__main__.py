@@ -11,6 +11,8 @@ import torch
 import typer
 from rich.console import Console
 
+from attbalance_ext.grounding.errors import UserError
+from attbalance_ext.grounding.models import MODELS
 from benchmarks.allocator import keep_freed_memory
 from benchmarks.bandwidth import copy_bandwidth
 from benchmarks.cuda import CudaClock
@@ -74,6 +76,7 @@ def run(
     _require("--device", [device], ["cpu", "cuda"])
     _require("--dtype", dtype, DTYPES)
     _require("--precision", precision, PRECISIONS)
+    _require("--model", model, MODELS)
     _require("--mode", mode, SUITES[suite].modes)
     _require("--provider", provider, [known.name for known in PROVIDERS[suite]])
     _require("--allocator", [allocator], ["kept", "system"])
@@ -111,19 +114,22 @@ def run(
         bandwidth = copy_bandwidth(clock, where)
         for number, case in enumerate(chosen, 1):
             title = f"case {number} of {len(chosen)}, {', '.join(f'{k}={v}' for k, v in case.describe().items())}"
-            rows = run_case(
-                SUITES[suite],
-                case,
-                [known for known in on_device(suite, device) if not provider or known.name in provider],
-                run=started,
-                modes=mode or None,
-                rounds=rounds,
-                clock=clock,
-                allocator=allocator,
-                device=where,
-                bandwidth=bandwidth,
-                say=lambda text, title=title: status.update(f"{title}: {text}"),  # type: ignore[misc]
-            )
+            try:
+                rows = run_case(
+                    SUITES[suite],
+                    case,
+                    [known for known in on_device(suite, device) if not provider or known.name in provider],
+                    run=started,
+                    modes=mode or None,
+                    rounds=rounds,
+                    clock=clock,
+                    allocator=allocator,
+                    device=where,
+                    bandwidth=bandwidth,
+                    say=lambda text, title=title: status.update(f"{title}: {text}"),  # type: ignore[misc]
+                )
+            except UserError as reason:  # a model that this canvas or this installation is not for
+                raise typer.BadParameter(str(reason)) from None
             append(rows, output)
             print_tables([rows], console)
 

@@ -8,8 +8,7 @@ from itertools import groupby
 from benchmarks.results import Row
 from benchmarks.runner import FLOOR, FRESH_FLOOR
 from benchmarks.suites import SUITES
-from benchmarks.table import judged, over
-from benchmarks.timing import Timing
+from benchmarks.table import judged, number, over
 
 
 def markdown_tables(groups: Iterable[Sequence[Row]]) -> str:
@@ -43,16 +42,12 @@ def _shared(cases: Sequence[Mapping[str, object]]) -> dict[str, object]:
 def _cell(row: Row | None, plain: Row | None) -> str:
     if row is None or row.timing is None:
         return ""
-    text = _time(row.timing)
+    text = number(row.timing.median)
     if plain is not None and plain.timing is not None and row is not plain:
         text += f" ({over(row, row.timing, plain.timing).strip('()')})"
-    if row.peak is not None and plain is not None:
+    if row.peak and plain is not None and not row.part:
         text += f", {row.peak / 1e6:.0f} MB"
     return f"**{text}**" if row.provider.startswith("ours") else text
-
-
-def _time(timing: Timing) -> str:
-    return f"{timing.median:.3g}" if timing.median < 1000 else f"{timing.median:.0f}"
 
 
 def _machine(row: Row) -> str:

@@ -27,17 +27,19 @@ def plot(groups: Sequence[Sequence[Row]], path: Path) -> None:
     if not charts:
         raise ValueError("no timed rows to plot")
     heights = [len(rows) + 3 for rows in charts]
+    panels = 2 if any(row.peak for rows in charts for row in rows) else 1
     figure, axes = plt.subplots(
         len(charts),
-        2,
-        figsize=(10, 0.22 * sum(heights)),
+        panels,
+        figsize=(3 + 3.5 * panels, 0.22 * sum(heights)),
         squeeze=False,
         layout="constrained",
-        gridspec_kw={"height_ratios": heights, "width_ratios": [3, 2]},
+        gridspec_kw={"height_ratios": heights, "width_ratios": [3, 2][:panels]},
     )
-    for (left, right), rows in zip(axes, charts, strict=True):
+    for (left, *right), rows in zip(axes, charts, strict=True):
         _draw_times(left, rows)
-        _draw_memory(right, rows)
+        for axis in right:
+            _draw_memory(axis, rows)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -52,8 +54,8 @@ def _draw_times(axis: Axes, rows: Sequence[Row]) -> None:
     timings = [row.timing for row in rows if row.timing]
     medians = [timing.median for timing in timings]
     spread = [
-        [timing.median - timing.p20 for timing in timings],
-        [timing.p80 - timing.median for timing in timings],
+        [max(timing.median - timing.p20, 0) for timing in timings],  # of one sample they differ by rounding
+        [max(timing.p80 - timing.median, 0) for timing in timings],
     ]
     _horizontal(axis, rows, medians, xerr=spread)
     axis.set_yticks(range(len(rows)), [row.provider for row in rows])

@@ -144,7 +144,7 @@ def _admit(provider: Provider, inputs: Any, truth: Any, tolerance: float) -> _En
         if task is None:
             return None
         results: Results = task.results()
-    except BackendUnavailable as reason:
+    except (BackendUnavailable, ModuleNotFoundError) as reason:
         return _Entrant(provider, None, f"unavailable: {reason}")
     verdict = gate.check(results, truth[provider.objective], tolerance)
     if not verdict.passed:

@@ -73,7 +73,7 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
         for mode in MODES
         if any(row.mode == mode for row in rows)
     ]
-    columns.append(Column("20-80 %", lambda row, timing: f"{_number(timing.p20)}-{_number(timing.p80)}"))
+    columns.append(Column("20-80 %", lambda row, timing: f"{number(timing.p20)}-{number(timing.p80)}"))
     columns += [_speed_up(name, baseline) for name, baseline in baselines.items() if name != "plain"]
     if "plain" in baselines:
         columns.append(Column("over plain", lambda row, timing: over(row, timing, baselines["plain"])))
@@ -95,7 +95,7 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
     if rows[0].environment.get("gpu") is not None:
         columns += [
             Column("launches", lambda row, timing: "-" if row.launches is None else str(row.launches)),
-            Column("host", lambda row, timing: "-" if row.host is None else _number(row.host)),
+            Column("host", lambda row, timing: "-" if row.host is None else number(row.host)),
         ]
     return columns
 
@@ -129,10 +129,11 @@ def _key_bytes(case: Mapping[str, object]) -> int | None:
 
 
 def _ms(timing: Timing | None) -> str:
-    return "-" if timing is None else _number(timing.median)
+    return "-" if timing is None else number(timing.median)
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Three digits or so."""
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 

@@ -36,7 +36,8 @@ class Task:
 class Provider:
     """One way to do a suite's cases.
 
-    task: None where a case has no part for it; raises ``attbalance_ext.BackendUnavailable`` where it cannot run.
+    task: None where a case has no part for it; raises ``attbalance_ext.BackendUnavailable`` where it cannot run, or
+    ``ModuleNotFoundError`` where it needs a package that is not installed.
     objective: which of the suite's truths it is held to. part: it does a part of the work alone, so that the others'
     time is no measure for its own.
     """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from benchmarks.boxes import box_iou
@@ -41,6 +40,8 @@ def objective(
 
 def rank_correlation(in_box: Tensor, iou: Tensor) -> Tensor:
     """Spearman's rho of each layer's in-box attention (L, B) with the IoU (B,), by SciPy; (L,)."""
+    from scipy.stats import spearmanr  # optional: without it today's way is unavailable
+
     overlap = iou.detach().cpu().numpy()
     rho = [spearmanr(layer.detach().cpu().numpy(), overlap).statistic for layer in in_box]
     return torch.from_numpy(np.nan_to_num(rho)).to(in_box)  # NaN where a side is constant

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
-from attbalance_ext import BackendUnavailable
 from benchmarks import gate
-from benchmarks.providers import compiled, liger, ours
+from benchmarks.providers import PROVIDERS, compiled, liger, ours
+from benchmarks.runner import run_case
 from benchmarks.suites.op import OpCase, OpInputs, OpSuite
-from benchmarks.task import Task
+from benchmarks.suites.tail import TailCase, TailSuite
+from benchmarks.task import Case, Suite, Task
+from benchmarks.timing import CpuClock
 
 SUITE = OpSuite()
 CASE = OpCase(layers=2, batch=3, tokens=16, width=32, teacher=True)
@@ -44,7 +48,7 @@ class Scalar(float):
 
 
 def test_liger_composition_passes_the_gate(inputs: OpInputs, monkeypatch: pytest.MonkeyPatch) -> None:
-    kl_div = pytest.importorskip("liger_kernel.ops.kl_div", exc_type=ImportError)
+    kl_div = pytest.importorskip("liger_kernel.ops.kl_div", reason="Liger-Kernel is not installed")
     forward = kl_div.kldiv_forward_triton
     called = []
 
@@ -64,7 +68,19 @@ def test_liger_has_no_part_without_a_teacher() -> None:
     assert liger.op(SUITE.inputs(case, torch.device("cpu"))) is None
 
 
-def test_liger_is_optional(inputs: OpInputs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "liger_kernel.transformers", None)
-    with pytest.raises(BackendUnavailable, match="liger_kernel"):
-        liger.op(inputs)
+@pytest.mark.parametrize(
+    ("suite", "case", "name", "module"),
+    [
+        (SUITE, CASE, "liger", "liger_kernel.transformers"),
+        (TailSuite(), TailCase(layers=1, batch=8), "today", "scipy.stats"),
+    ],
+)
+def test_a_contender_whose_package_is_missing_says_so(
+    suite: Suite, case: Case, name: str, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    provider = next(provider for provider in PROVIDERS[suite.name] if provider.name == name)
+    rows = run_case(suite, case, [provider], run="now", rounds=1, clock=CpuClock(cold=False))
+    status = {row.status for row in rows if row.provider == name}
+    assert len(status) == 1
+    assert status.pop().startswith(f"unavailable: import of {module}")

@@ -11,7 +11,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from attbalance_ext import BackendUnavailable, attention_terms
-from benchmarks import gate
+from benchmarks import gate, timing
 from benchmarks.__main__ import app
 from benchmarks.differentiable import differentiable
 from benchmarks.floor import Floor
@@ -200,7 +200,8 @@ def test_grids() -> None:
     assert grids_of(31) == ((1, 31),)
 
 
-def test_interleaving_rotates_and_times_only_the_call() -> None:
+def test_interleaving_rotates_and_times_only_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "last_level_cache", lambda: 1 << 20)
     calls = []
 
     def contender(name: str):
@@ -210,16 +211,18 @@ def test_interleaving_rotates_and_times_only_the_call() -> None:
 
         return prepare
 
-    timings = interleave({"a": contender("a"), "b": contender("b")}, CpuClock(), rounds=2, warmup=1)
-    assert {name: timing.samples for name, timing in timings.items()} == {"a": 2, "b": 2}
+    clock = CpuClock()
+    assert (clock.cache, clock.washed) == ("cold", 64 << 20)
+    timings = interleave({"a": contender("a"), "b": contender("b")}, clock, rounds=2, warmup=1)
+    assert {name: found.samples for name, found in timings.items()} == {"a": 2, "b": 2}
     order = [call.split()[1] for call in calls if call.startswith("run")]
     assert order == ["b", "a", "a", "b", "b", "a"]
     assert calls[0::2] == [f"prepare {name}" for name in order]
 
 
 def test_timing_quantiles() -> None:
-    timing = Timing.of([s / 1000 for s in (5, 1, 2, 3, 4, 6)])
-    assert timing == pytest.approx(Timing(median=3.5, p20=2.0, p80=5.0, fastest=1.0, samples=6))
+    found = Timing.of([s / 1000 for s in (5, 1, 2, 3, 4, 6)])
+    assert found == pytest.approx(Timing(median=3.5, p20=2.0, p80=5.0, fastest=1.0, samples=6))
 
 
 def test_relative_error_of_bad_results() -> None:
@@ -272,6 +275,8 @@ def test_command_line(tmp_path: Path) -> None:
         ["run", "--provider", "nosuch"],
         ["run", "--precision", "bf16"],
         ["run", "--suite", "step", "--mode", "forward"],
+        ["run", "--suite", "step", "--model", "nosuch"],
+        ["run", "--suite", "step", "--model", "qrnet-tiny", "--warm", "--allocator", "system", "--size", "20"],
         ["table", "--results", "nosuch.jsonl"],
     ],
 )
