@@ -109,7 +109,7 @@ class OpSuite:
     case = OpCase
     defaults: Mapping[str, Sequence[Any]] = {"batch": (8, 32)}
     modes = MODES[:3]
-    rounds, warmup = 50, 3
+    rounds, warmup = 30, 3
     baselines = ("eager",)
 
     def inputs(self, case: OpCase, device: torch.device) -> OpInputs:

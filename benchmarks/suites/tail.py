@@ -69,7 +69,7 @@ class TailSuite:
     case = TailCase
     defaults: Mapping[str, Sequence[Any]] = {"batch": (8, 64, 512, 4096)}
     modes = MODES[:3]
-    rounds, warmup = 50, 3
+    rounds, warmup = 30, 3
     baselines = ("eager",)
 
     def inputs(self, case: TailCase, device: torch.device) -> TailInputs:
