@@ -49,16 +49,9 @@ def run(
     gradients: Mapping[str, Tensor],
     extra: Sequence[Tensor] = (),
 ) -> Results:
-    """Forward and backward once: the outputs and the leaves' gradients, by name."""
+    """Forward and backward once: outputs under the names of their incoming gradients, and the leaves' gradients."""
     outputs = forward()
     found = torch.autograd.grad(list(outputs), [*leaves.values(), *extra], list(gradients.values()))
-    return named(outputs, found, leaves, gradients)
-
-
-def named(
-    outputs: Sequence[Tensor], found: Sequence[Tensor], leaves: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
-) -> Results:
-    """Outputs under the names of their incoming gradients, gradients under those of their leaves."""
     return {
         **{name: output.detach() for name, output in zip(gradients, outputs, strict=True)},
         **{f"gradient of {name}": gradient for name, gradient in zip(leaves, found, strict=False)},

@@ -24,7 +24,6 @@ from benchmarks.task import Results
 from benchmarks.watch import Watch
 
 _TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2}
-PRECISIONS = tuple(_TOLERANCE)
 
 
 @dataclass(frozen=True)
