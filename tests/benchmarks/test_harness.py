@@ -91,7 +91,7 @@ def test_a_provider_that_cannot_run_says_why() -> None:
 
 
 @pytest.mark.parametrize("name", ["eager", "today", "ours-cpu"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("teacher", [False, True])
 def test_providers_pass_the_gate(name: str, dtype: torch.dtype, teacher: bool) -> None:
     case = OpCase(layers=2, batch=3, tokens=500, width=64, dtype=dtype, teacher=teacher)
