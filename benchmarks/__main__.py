@@ -11,20 +11,24 @@ import torch
 import typer
 from rich.console import Console
 
+from attbalance_ext.grounding.errors import UserError
+from attbalance_ext.grounding.models import MODELS
 from benchmarks.allocator import keep_freed_memory
+from benchmarks.bandwidth import copy_bandwidth
 from benchmarks.cuda import CudaClock
+from benchmarks.markdown import markdown_tables
 from benchmarks.plot import plot as draw
-from benchmarks.providers import BY_DEVICE, PROVIDERS
+from benchmarks.providers import PROVIDERS, on_device
 from benchmarks.results import RESULTS, Row, append, latest, load
 from benchmarks.runner import run_case
 from benchmarks.suites import SUITES
-from benchmarks.suites.op import OpCase
+from benchmarks.suites.tap import PRECISIONS
+from benchmarks.sweep import NoSuchOption, cases
 from benchmarks.table import print_tables
-from benchmarks.task import MODES
 from benchmarks.timing import Clock, CpuClock
 
 app = typer.Typer(
-    help="Time the fused ops against what people use instead; correctness first.",
+    help="Time attbalance_ext against what people use instead; correctness first.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -34,6 +38,7 @@ console = Console()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 File = Annotated[Path, typer.Option(help="The results file.")]
+_NONE: list[Any] = []
 
 
 @app.command()
@@ -41,30 +46,59 @@ def run(
     suite: Annotated[str, typer.Option(help=f"What to measure: {', '.join(SUITES)}.")] = "op",
     device: Annotated[str, typer.Option(help="Where: cpu or cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads; PyTorch's choice when left out.")] = None,
-    batch: Annotated[list[int], typer.Option(help="Samples; repeat for several cases.")] = [8, 32],  # noqa: B006
-    layers: Annotated[int, typer.Option(help="Supervised layers.")] = 6,
-    tokens: Annotated[int, typer.Option(help="Visual tokens.")] = 400,
-    width: Annotated[int, typer.Option(help="Channels of query and key.")] = 256,
-    dtype: Annotated[str, typer.Option(help=f"Of the keys: {', '.join(DTYPES)}.")] = "float32",
-    teacher: Annotated[bool, typer.Option("--teacher", help="With a teacher's keys: RAC and MRC.")] = False,
-    mode: Annotated[list[str], typer.Option(help=f"{', '.join(MODES)}; repeat for several.")] = list(MODES),  # noqa: B006
-    provider: Annotated[
-        list[str], typer.Option(help=f"{', '.join(PROVIDERS)}; repeat. All of the device's when left out.")
-    ] = [],  # noqa: B006
-    rounds: Annotated[int, typer.Option(help="Timed calls of each provider and mode.")] = 50,
+    batch: Annotated[list[int], typer.Option(help="Samples. This and what follows: repeat for several cases.")] = _NONE,
+    layers: Annotated[list[int], typer.Option(help="Supervised layers (op, tail, tap).")] = _NONE,
+    tokens: Annotated[list[int], typer.Option(help="Visual tokens (op, tap).")] = _NONE,
+    width: Annotated[list[int], typer.Option(help="Channels (op, tap).")] = _NONE,
+    dtype: Annotated[list[str], typer.Option(help=f"Of the keys (op): {', '.join(DTYPES)}.")] = _NONE,
+    precision: Annotated[list[str], typer.Option(help=f"Of the host (tap, step): {', '.join(PRECISIONS)}.")] = _NONE,
+    words: Annotated[list[int], typer.Option(help="Words beside the visual tokens (tap).")] = _NONE,
+    heads: Annotated[list[int], typer.Option(help="Heads of the host (tap).")] = _NONE,
+    hidden: Annotated[list[int], typer.Option(help="Width of the host's feed-forward layers (tap).")] = _NONE,
+    dropout: Annotated[list[float], typer.Option(help="Of the host (tap).")] = _NONE,
+    model: Annotated[list[str], typer.Option(help="Grounding model (step).")] = _NONE,
+    size: Annotated[list[int], typer.Option(help="Side of the canvas in pixels (step).")] = _NONE,
+    teacher: Annotated[bool, typer.Option("--teacher", help="With a teacher's keys: RAC and MRC (op, tap).")] = False,
+    no_teacher: Annotated[
+        bool, typer.Option("--no-teacher", help="Without; together with --teacher: both (op, tap).")
+    ] = False,
+    mode: Annotated[list[str], typer.Option(help="forward, backward or both; repeat. All when left out.")] = _NONE,
+    provider: Annotated[list[str], typer.Option(help="Repeat. All of the suite's when left out.")] = _NONE,
+    rounds: Annotated[int | None, typer.Option(help="Timed calls of each; the suite's number when left out.")] = None,
     warm: Annotated[bool, typer.Option("--warm", help="Keep caches warm between calls (default: cold).")] = False,
     allocator: Annotated[
         str, typer.Option(help="'kept': malloc keeps freed memory; 'system': as the C library decides.")
     ] = "kept",
     output: File = RESULTS,
 ) -> None:
-    """Check every provider against fp64, time those that pass, append rows to the results file, print the table."""
+    """Check every provider against the truth, time those that pass, append rows to the results file, print tables."""
     _require("--suite", [suite], SUITES)
-    _require("--device", [device], BY_DEVICE)
-    _require("--dtype", [dtype], DTYPES)
-    _require("--mode", mode, MODES)
-    _require("--provider", provider, PROVIDERS)
+    _require("--device", [device], ["cpu", "cuda"])
+    _require("--dtype", dtype, DTYPES)
+    _require("--precision", precision, PRECISIONS)
+    _require("--model", model, MODELS)
+    _require("--mode", mode, SUITES[suite].modes)
+    _require("--provider", provider, [known.name for known in PROVIDERS[suite]])
     _require("--allocator", [allocator], ["kept", "system"])
+    given: dict[str, list[Any]] = {
+        "batch": batch,
+        "layers": layers,
+        "tokens": tokens,
+        "width": width,
+        "dtype": [DTYPES[name] for name in dtype],
+        "precision": precision,
+        "words": words,
+        "heads": heads,
+        "hidden": hidden,
+        "dropout": dropout,
+        "model": model,
+        "size": size,
+        "teacher": [value for value, asked in ((False, no_teacher), (True, teacher)) if asked],
+    }
+    try:
+        chosen = cases(SUITES[suite], given)
+    except NoSuchOption as reason:
+        raise typer.BadParameter(str(reason)) from None
     if allocator == "kept":
         keep_freed_memory()
     if threads is not None:
@@ -73,32 +107,45 @@ def run(
         console.print(f"system load {load:.1f}: other programs are running, these times will be noisy", style="yellow")
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("--device cuda: PyTorch finds no CUDA device")
-    clock: Clock = CudaClock(cold=not warm) if device == "cuda" else CpuClock(cold=not warm)
-    providers = [PROVIDERS[name] for name in provider] or BY_DEVICE[device]
+    where = torch.device(device)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    for size in batch:
-        case = OpCase(layers, size, tokens, width, DTYPES[dtype], teacher)
-        with console.status("") as status:
-            rows = run_case(
-                SUITES[suite],
-                case,
-                providers,
-                run=started,
-                modes=mode,
-                rounds=rounds,
-                clock=clock,
-                allocator=allocator,
-                device=torch.device(device),
-                say=lambda text, size=size: status.update(f"B = {size}: {text}"),  # type: ignore[misc]
-            )
-        append(rows, output)
-        print_tables([rows], console)
+    with console.status("measuring the bandwidth of a copy") as status:
+        clock: Clock = CudaClock(cold=not warm) if device == "cuda" else CpuClock(cold=not warm)
+        bandwidth = copy_bandwidth(clock, where)
+        for number, case in enumerate(chosen, 1):
+            title = f"case {number} of {len(chosen)}, {', '.join(f'{k}={v}' for k, v in case.describe().items())}"
+            try:
+                rows = run_case(
+                    SUITES[suite],
+                    case,
+                    [known for known in on_device(suite, device) if not provider or known.name in provider],
+                    run=started,
+                    modes=mode or None,
+                    rounds=rounds,
+                    clock=clock,
+                    allocator=allocator,
+                    device=where,
+                    bandwidth=bandwidth,
+                    say=lambda text, title=title: status.update(f"{title}: {text}"),  # type: ignore[misc]
+                )
+            except UserError as reason:  # a model that this canvas or this installation is not for
+                raise typer.BadParameter(str(reason)) from None
+            append(rows, output)
+            print_tables([rows], console)
 
 
 @app.command()
-def table(suite: Annotated[str | None, typer.Option(help="Only this suite.")] = None, results: File = RESULTS) -> None:
+def table(
+    suite: Annotated[str | None, typer.Option(help="Only this suite.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="One small table a suite and machine.")] = False,
+    results: File = RESULTS,
+) -> None:
     """Print the newest rows of every case in the results file."""
-    print_tables(_groups(suite, results), console)
+    groups = _groups(suite, results)
+    if markdown:
+        typer.echo(markdown_tables(groups))
+    else:
+        print_tables(groups, console)
 
 
 @app.command()
@@ -107,7 +154,7 @@ def plot(
     results: File = RESULTS,
     output: Annotated[Path, typer.Option(help="Picture to write: .svg or .png.")] = Path("benchmarks.svg"),
 ) -> None:
-    """Draw the newest rows of every case: time of forward + backward, with the byte floor."""
+    """Draw the newest rows of every case: time and memory of the whole work, with the byte floor where there is one."""
     draw(_groups(suite, results), output)
     console.print(f"wrote {output}")
 

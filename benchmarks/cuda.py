@@ -1,16 +1,14 @@
-"""Measuring on a CUDA device: time, bandwidth, memory, launches, host time."""
+"""Measuring on a CUDA device: time, launches, host time."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from benchmarks.task import Task
 from benchmarks.timing import Contender
 
 _AHEAD = 10_000_000  # cycles, some 6 ms: longer than any contender needs to queue its work
@@ -29,6 +27,10 @@ class CudaClock:
         level2 = torch.cuda.get_device_properties().L2_cache_size
         self._wash = torch.zeros(level2, dtype=torch.int32, device="cuda") if cold else None
 
+    @property
+    def washed(self) -> int:
+        return 0 if self._wash is None else self._wash.nbytes
+
     def seconds(self, contender: Contender) -> float:
         if self._wash is None:
             contender()()
@@ -43,24 +45,6 @@ class CudaClock:
         torch.cuda.synchronize()
         del result
         return start.elapsed_time(stop) / 1e3
-
-
-def copy_bandwidth(size: int = 1 << 30) -> float:
-    """Bytes a second that a large copy on the device reads and writes: what a kernel can hope for."""
-    source = torch.zeros(size, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    clock = CudaClock(cold=False)
-    return 2 * size / statistics.median(clock.seconds(lambda: lambda: target.copy_(source)) for _ in range(10))
-
-
-def peak_bytes(task: Task, gradients: Sequence[Tensor]) -> int:
-    """Memory that forward and backward take at their peak, results included, beyond what is allocated before."""
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    task.backward(task.forward(), gradients)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def launches(run: Callable[[], Any]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -10,10 +11,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.timing import Clock
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def environment(device: torch.device, cache: str, allocator: str) -> dict[str, Any]:
+def environment(device: torch.device, clock: Clock, allocator: str) -> dict[str, Any]:
     commit, modified = _commit()
     return {
         "device": device.type,
@@ -21,15 +24,25 @@ def environment(device: torch.device, cache: str, allocator: str) -> dict[str, A
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "cache": cache,
+        "cache": clock.cache,
+        "washed": clock.washed,
         "allocator": allocator,
         "load": round(os.getloadavg()[0], 2),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "versions": {name: _version(name) for name in ("triton", "scipy", "transformers", "liger_kernel")},
+        "cuda": torch.version.cuda,
         "commit": commit,
         "modified": modified,
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_model() -> str:

@@ -1,46 +1,93 @@
-"""The results as a picture: one bar chart per case, the byte floor as a line."""
+"""The results as a picture: for each case a bar for each way, the byte floor or the plain work as a line."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.results import Row
 from benchmarks.runner import FLOOR, FRESH_FLOOR
+from benchmarks.table import describe, judged
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+OURS, OTHERS, PART = "tab:blue", "lightgrey", "lightsteelblue"
 
 
 def plot(groups: Sequence[Sequence[Row]], path: Path) -> None:
-    """Median forward + backward time of every provider that passed the gate, with the 20-80 % range."""
+    """Median time of every provider that passed the gate, with the 20-80 % range; peak memory beside it if known."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    charts = [rows for group in groups if (rows := [row for row in group if row.mode == "both" and row.timing])]
+    charts = [rows for group in groups if (rows := _bars(group))]
     if not charts:
-        raise ValueError("no rows of mode 'both' to plot")
-    figure, axes = plt.subplots(len(charts), 1, figsize=(7, 2.4 * len(charts)), squeeze=False, layout="constrained")
-    for axis, rows in zip(axes[:, 0], charts, strict=True):
-        bars = [(row, row.timing) for row in rows if row.timing and row.provider not in (FLOOR, FRESH_FLOOR)]
-        medians = [timing.median for _, timing in bars]
-        spread = [
-            [timing.median - timing.p20 for _, timing in bars],
-            [timing.p80 - timing.median for _, timing in bars],
-        ]
-        colours = ["tab:blue" if row.provider.startswith("ours") else "lightgrey" for row, _ in bars]
-        drawn = axis.barh([row.provider for row, _ in bars], medians, xerr=spread, color=colours)
-        axis.bar_label(drawn, [f"{median:.2f}" for median in medians], padding=3)
-        axis.axvline(rows[0].floor, color="tab:red", linestyle="--", label="byte floor")
-        axis.invert_yaxis()
-        axis.margins(x=0.15)
-        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False, fontsize="small")
-        case, where = rows[0].case, rows[0].environment
-        axis.set_title(
-            f"{rows[0].suite}: {', '.join(f'{k}={v}' for k, v in case.items())}; {where['cpu']}, "
-            f"{where['threads']} threads",
-            fontsize="small",
-            loc="left",
-        )
-        axis.set_xlabel("forward + backward, ms")
-    figure.savefig(path)
+        raise ValueError("no timed rows to plot")
+    heights = [len(rows) + 3 for rows in charts]
+    panels = 2 if any(row.peak for rows in charts for row in rows) else 1
+    figure, axes = plt.subplots(
+        len(charts),
+        panels,
+        figsize=(3 + 3.5 * panels, 0.22 * sum(heights)),
+        squeeze=False,
+        layout="constrained",
+        gridspec_kw={"height_ratios": heights, "width_ratios": [3, 2][:panels]},
+    )
+    for (left, *right), rows in zip(axes, charts, strict=True):
+        _draw_times(left, rows)
+        for axis in right:
+            _draw_memory(axis, rows)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _bars(group: Sequence[Row]) -> list[Row]:
+    return [
+        row for row in group if row.mode == judged(group) and row.timing and row.provider not in (FLOOR, FRESH_FLOOR)
+    ]
+
+
+def _draw_times(axis: Axes, rows: Sequence[Row]) -> None:
+    timings = [row.timing for row in rows if row.timing]
+    medians = [timing.median for timing in timings]
+    spread = [
+        [max(timing.median - timing.p20, 0) for timing in timings],  # of one sample they differ by rounding
+        [max(timing.p80 - timing.median, 0) for timing in timings],
+    ]
+    _horizontal(axis, rows, medians, xerr=spread)
+    axis.set_yticks(range(len(rows)), [row.provider for row in rows])
+    plain = next((row.timing for row in rows if row.provider == "plain"), None)
+    line = (rows[0].floor, "byte floor") if plain is None else (plain.median, "plain")
+    if line[0] is not None:
+        axis.axvline(line[0], color="tab:red", linestyle="--", linewidth=1, label=line[1])
+        axis.legend(loc="lower right", frameon=False, fontsize="x-small")
+    where = rows[0].environment
+    machine = where.get("gpu") or f"{where['cpu']}, {where['threads']} threads"
+    axis.set_title(f"{rows[0].suite}: {describe(rows[0].case)}; {machine}", fontsize="x-small", loc="left")
+    axis.set_xlabel("step, ms" if rows[0].mode == "step" else f"{_mode(rows[0].mode)}, ms", fontsize="x-small")
+
+
+def _draw_memory(axis: Axes, rows: Sequence[Row]) -> None:
+    if all(row.peak is None for row in rows):
+        axis.set_axis_off()
+        return
+    _horizontal(axis, rows, [(row.peak or 0) / 1e6 for row in rows])
+    axis.set_yticks([])
+    axis.set_xlabel("peak memory, MB", fontsize="x-small")
+
+
+def _horizontal(axis: Axes, rows: Sequence[Row], values: Sequence[float], **options: Any) -> None:
+    colours = [OURS if row.provider.startswith("ours") else PART if row.part else OTHERS for row in rows]
+    bars = axis.barh(range(len(rows)), values, color=colours, error_kw={"linewidth": 1}, **options)
+    axis.bar_label(bars, [f"{value:.3g}" if value < 1000 else f"{value:.0f}" for value in values], padding=4, size=7)
+    axis.invert_yaxis()
+    axis.margins(x=0.18)
+    axis.tick_params(labelsize="x-small")
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _mode(mode: str) -> str:
+    return "forward + backward" if mode == "both" else mode

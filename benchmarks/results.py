@@ -27,15 +27,24 @@ class Row:
     status: str  # "ok", "failed: ..." (the gate's verdict) or "unavailable: ..."
     error: float | None  # worst relative error against fp64
     timing: Timing | None
-    floor: float  # ms of moving `bytes`: on a CPU the median in the same run, on a GPU at its copy bandwidth
-    bytes: int
+    floor: float | None  # ms of moving `bytes`: on a CPU the median in the same run, on a GPU at its copy bandwidth
+    bytes: int | None  # what has to be moved; None in suites that are bound by arithmetic
     formula: str
     kept: int | None  # bytes autograd keeps beyond inputs
     environment: dict[str, Any]
-    # On a GPU alone:
     peak: int | None = None  # bytes allocated at the peak of forward + backward beyond what was there before
+    part: bool = False  # a part of the work alone
+    bandwidth: float | None = None  # bytes a second that a large copy reads and writes, in the same run
+    # On a GPU alone:
     launches: int | None = None  # kernels, copies and fills of one call
     host: float | None = None  # ms until the call returns, with the device busy: what it costs the Python thread
+
+    @property
+    def share(self) -> float | None:
+        """The bytes moved a second over the bandwidth of the copy."""
+        if self.bytes is None or self.bandwidth is None or self.timing is None:
+            return None
+        return self.bytes / (self.timing.median / 1e3) / self.bandwidth
 
     @property
     def group(self) -> str:

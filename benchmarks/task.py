@@ -1,43 +1,53 @@
-"""What a suite asks of a provider, and the truth it is held to."""
+"""What the harness asks of a suite and of a provider."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-MODES = ("forward", "backward", "both")
+from benchmarks.timing import Contender
+
+MODES = ("forward", "backward", "both", "step")
+
+Results = Mapping[str, Tensor]
+"""What a computation gave, by name: outputs, and gradients of inputs."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One provider's way of computing one case, ready to run.
+    """One provider's way of doing one case, ready to run.
 
-    `forward` returns the suite's outputs in the suite's order. `inputs` are the leaves whose gradients the suite
-    compares, in the suite's order; `extra` are further leaves that this way of computing has to differentiate (the
-    weights of a projection it repeats): timed, not compared. `modes` are those it can be timed in.
+    results: run once and hand over what the gate compares. calls: what can be timed, by mode. kept: bytes that autograd
+    holds between forward and backward beyond the inputs; None where that is not asked. allocates: False where a call
+    has its memory set aside beforehand, so that watching the allocator would say nothing.
     """
 
-    forward: Callable[[], Sequence[Tensor]]
-    inputs: Sequence[Tensor]
-    extra: Sequence[Tensor] = ()
-    modes: Sequence[str] = MODES
-
-    def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Gradients of `inputs`, for one incoming gradient per output."""
-        leaves = [*self.inputs, *self.extra]
-        return torch.autograd.grad(list(outputs), leaves, list(gradients))[: len(self.inputs)]
+    results: Callable[[], Results]
+    calls: Mapping[str, Contender]
+    kept: Callable[[], int] | None = None
+    allocates: bool = True
 
 
 @dataclass(frozen=True)
-class Truth:
-    """Outputs and input gradients of a case in fp64."""
+class Provider:
+    """One way to do a suite's cases.
 
-    outputs: Sequence[Tensor]
-    gradients: Sequence[Tensor]
+    task: None where a case has no part for it; raises ``attbalance_ext.BackendUnavailable`` where it cannot run, or
+    ``ModuleNotFoundError`` where it needs a package that is not installed.
+    objective: which of the suite's truths it is held to. part: it does a part of the work alone, so that the others'
+    time is no measure for its own.
+    """
+
+    name: str
+    title: str
+    task: Callable[[Any], Task | None]
+    objective: str = ""
+    devices: Sequence[str] = ("cpu", "cuda")
+    part: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,47 +59,60 @@ class Bytes:
     read_formula: str
     write_formula: str
 
+    def moved(self, mode: str) -> tuple[int, str]:
+        """The bytes and the formula of a mode."""
+        if mode == "forward":
+            return self.read, self.read_formula
+        if mode == "backward":
+            return self.write, self.write_formula
+        return self.read + self.write, f"{self.read_formula}; {self.write_formula}"
+
 
 class Case(Protocol):
-    """One point of a suite: shapes, dtype and everything else that decides the work."""
-
-    @property
-    def dtype(self) -> torch.dtype: ...
+    """One point of a suite: a dataclass of shapes, dtype and everything else that decides the work."""
 
     def describe(self) -> dict[str, Any]:
         """The case as plain values, for the results file."""
 
 
 class Suite(Protocol):
-    """A family of cases that every provider can be asked to run."""
+    """A family of cases, and the truth of each."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def case(self) -> type[Any]:
+        """The dataclass of its cases."""
+
+    @property
+    def defaults(self) -> Mapping[str, Sequence[Any]]:
+        """The values of a field that are measured when the command line names none."""
+
+    @property
+    def modes(self) -> Sequence[str]: ...
+
+    @property
+    def rounds(self) -> int: ...
+
+    @property
+    def warmup(self) -> int: ...
+
+    @property
+    def baselines(self) -> Sequence[str]:
+        """Providers whose time the others' are compared with."""
 
     def inputs(self, case: Any, device: torch.device) -> Any:
-        """The case's tensors, the same on every call."""
+        """Everything that the providers of a case share, the same on every call."""
 
-    def gradients(self, inputs: Any) -> Sequence[Tensor]:
-        """The incoming gradient of every output."""
-
-    def truth(self, inputs: Any) -> Truth: ...
-
-    def bytes(self, case: Any) -> Bytes: ...
-
-    def floor(self, inputs: Any) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """The tensors whose bytes `bytes` counts: those read, those written."""
+    def truth(self, inputs: Any) -> Mapping[str, Results]:
+        """The right results, of each objective."""
 
     def tolerance(self, case: Any) -> float:
-        """Largest accepted ``norm(error) / norm(truth)`` of any output or gradient."""
+        """Largest accepted ``norm(error) / norm(truth)`` of any result."""
 
+    def bytes(self, case: Any) -> Bytes | None:
+        """None where a case is bound by arithmetic and no byte count says anything."""
 
-class Provider(Protocol):
-    """One way to compute the same thing. Which suites it takes part in is decided by `task`."""
-
-    name: str
-    title: str
-
-    def task(self, suite: str, inputs: Any) -> Task | None:
-        """This provider's task for a suite, or None where it has no part in that suite.
-
-        Raises ``attbalance_ext.BackendUnavailable`` when it cannot run here.
-        """
+    def floor(self, inputs: Any) -> tuple[Sequence[Tensor], Sequence[Tensor]] | None:
+        """The tensors whose bytes `bytes` counts, those read and those written; None: their moving is not measured."""

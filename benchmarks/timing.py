@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
+from benchmarks.wash import Wash
 
 # Untimed preparation that hands over what is timed.
 Contender = Callable[[], Callable[[], Any]]
@@ -40,27 +40,34 @@ class Clock(Protocol):
 
     cache: str  # "cold" or "warm"
 
+    @property
+    def washed(self) -> int:
+        """Bytes read before each call to make caches cold; 0 where they are warm."""
+
     def seconds(self, contender: Contender) -> float: ...
 
 
 class CpuClock:
     """Wall-clock time of one call on the CPU, caches cold or warm.
 
-    Cold: before every call a buffer larger than the last-level cache is read (read, not written: dirty lines would be
-    written back at the contender's expense). In a training step the keys come from afar, so cold is the default.
+    Cold: before every call the caches are washed. In a training step the keys come from afar, so cold is the default.
     Warm: the call is made once untimed first, so that what fits in a cache is there.
     """
 
     def __init__(self, cold: bool = True) -> None:
         self.cache = "cold" if cold else "warm"
-        self._wash = torch.zeros(max(64 << 20, 2 * last_level_cache()) // 8, dtype=torch.int64) if cold else None
+        self._wash = Wash(last_level_cache()) if cold else None
+
+    @property
+    def washed(self) -> int:
+        return 0 if self._wash is None else self._wash.size
 
     def seconds(self, contender: Contender) -> float:
         if self._wash is None:
             contender()()
         run = contender()
         if self._wash is not None:
-            self._wash.sum()
+            self._wash()
         start = time.perf_counter_ns()
         result = run()
         stop = time.perf_counter_ns()
@@ -68,7 +75,14 @@ class CpuClock:
         return (stop - start) / 1e9
 
 
-def interleave(contenders: Mapping[str, Contender], clock: Clock, *, rounds: int, warmup: int = 3) -> dict[str, Timing]:
+def interleave(
+    contenders: Mapping[str, Contender],
+    clock: Clock,
+    *,
+    rounds: int,
+    warmup: int = 3,
+    say: Callable[[str], object] = lambda text: None,
+) -> dict[str, Timing]:
     """Time every contender `rounds` times, after `warmup` untimed rounds.
 
     One round calls each contender once, so that a slow spell of the machine hits all of them, and the order rotates, so
@@ -80,7 +94,8 @@ def interleave(contenders: Mapping[str, Contender], clock: Clock, *, rounds: int
     gc.disable()
     try:
         for turn in range(-warmup, rounds):
-            first = turn % len(names)
+            say(f"timing, round {turn + 1} of {rounds}" if turn >= 0 else "warming up")
+            first = turn % max(len(names), 1)
             for name in names[first:] + names[:first]:
                 seconds = clock.seconds(contenders[name])
                 if turn >= 0:

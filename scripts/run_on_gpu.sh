@@ -102,8 +102,11 @@ fi
 # --- fast? -----------------------------------------------------------------------------------------------------------
 
 if has_module typer && has_module rich; then
+  # Not max-autotune: it tries for longer than there is time.
+  contenders="--provider eager --provider compile --provider today --provider liger"
+  contenders="$contenders --provider ours-triton --provider ours-cuda --provider ours-cuda-graph"
   for options in "--dtype bfloat16 --teacher" "--dtype float32 --teacher" "--dtype bfloat16 --teacher --warm"; do
-    step "benchmark $options" 60 "$python" -m benchmarks run --suite op --device cuda \
+    step "benchmark $options" 60 "$python" -m benchmarks run --suite op --device cuda $contenders \
       --batch 8 --batch 64 --batch 256 --rounds 30 $options --output "$output/results.jsonl"
   done
 else

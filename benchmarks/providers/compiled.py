@@ -1,26 +1,49 @@
-"""`torch.compile` of the reference, default mode: what a user gets by adding one line."""
+"""`torch.compile` of the reference: what a user gets by adding one line.
+
+In one graph: compiling around a custom op would compile nothing. Shapes are static, its best case.
+"""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from attbalance_ext import attention_terms
+import torch
+from torch import Tensor
+
+from attbalance_ext import AttBalanceLoss, attention_terms
+from benchmarks.differentiable import differentiable
 from benchmarks.suites.op import OpInputs
+from benchmarks.suites.tail import TailInputs
 from benchmarks.task import Task
 
 
-class Compiled:
-    name = "compile"
-    title = "torch.compile of the reference"
-
-    def task(self, suite: str, inputs: OpInputs) -> Task | None:
-        if suite != "op":
-            return None
-        # Each case gets its own static compilation; without the reset a new shape would be compiled as a dynamic one.
-        torch.compiler.reset()
+def op(mode: str) -> Callable[[OpInputs], Task]:
+    def task(inputs: OpInputs) -> Task:
         student, teacher, region = inputs.student(), inputs.teacher(), inputs.region
-        compiled = torch.compile(attention_terms, fullgraph=True, dynamic=False)
-        return Task(
-            lambda: compiled(student, region, teacher=teacher, backend="reference")[: inputs.outputs],
-            [*inputs.query, *inputs.key],
-        )
+        compiled = _compile(attention_terms, mode)
+
+        def forward() -> Sequence[Tensor]:
+            torch.compiler.cudagraph_mark_step_begin()
+            return compiled(student, region, teacher=teacher, backend="reference")[: inputs.outputs]
+
+        return differentiable(forward, inputs.leaves, inputs.gradients)
+
+    return task
+
+
+def tail(mode: str) -> Callable[[TailInputs], Task]:
+    def task(inputs: TailInputs) -> Task:
+        compiled, terms = _compile(AttBalanceLoss(backend="reference"), mode), inputs.terms
+
+        def forward() -> Sequence[Tensor]:
+            torch.compiler.cudagraph_mark_step_begin()
+            return [compiled(terms, inputs.predicted, inputs.target).loss]
+
+        return differentiable(forward, inputs.leaves, inputs.gradients)
+
+    return task
+
+
+def _compile(function: Callable[..., Any], mode: str) -> Callable[..., Any]:
+    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)

@@ -1,27 +1,40 @@
-"""The library's own kernels, through the public API."""
+"""The two ops through the public API, on one backend. Backend "reference" is plain PyTorch run eagerly."""
 
 from __future__ import annotations
 
-from attbalance_ext import attention_terms
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from attbalance_ext import AttBalanceLoss, attention_terms
+from benchmarks.differentiable import differentiable
 from benchmarks.suites.op import OpInputs
+from benchmarks.suites.tail import TailInputs
 from benchmarks.task import Task
 
 
-class Ours:
-    """One backend of attbalance_ext."""
-
-    def __init__(self, backend: str, name: str | None = None, title: str | None = None) -> None:
-        self.name = name or f"ours-{backend}"
-        self.title = title or f"attbalance_ext, backend {backend}"
-        self._backend = backend
-
-    def task(self, suite: str, inputs: OpInputs) -> Task | None:
-        if suite != "op":
-            return None
+def op(backend: str) -> Callable[[OpInputs], Task]:
+    def task(inputs: OpInputs) -> Task:
         student, teacher, region = inputs.student(), inputs.teacher(), inputs.region
         # Nothing is computed here: an unusable backend says so now, before it is checked and timed.
-        attention_terms(student.last(0), region, backend=self._backend)
-        return Task(
-            lambda: attention_terms(student, region, teacher=teacher, backend=self._backend)[: inputs.outputs],
-            [*inputs.query, *inputs.key],
-        )
+        attention_terms(student.last(0), region, backend=backend)
+
+        def forward() -> Sequence[Tensor]:
+            return attention_terms(student, region, teacher=teacher, backend=backend)[: inputs.outputs]
+
+        return differentiable(forward, inputs.leaves, inputs.gradients)
+
+    return task
+
+
+def tail(backend: str) -> Callable[[TailInputs], Task]:
+    def task(inputs: TailInputs) -> Task:
+        criterion, terms = AttBalanceLoss(backend=backend), inputs.terms
+
+        def forward() -> Sequence[Tensor]:
+            return [criterion(terms, inputs.predicted, inputs.target).loss]
+
+        forward()  # an unusable backend says so now
+        return differentiable(forward, inputs.leaves, inputs.gradients)
+
+    return task

@@ -1,49 +1,46 @@
-"""The terms as people compute them today, from the input of the host's `nn.MultiheadAttention`.
+"""The two ops as people do them today, on inputs that a fused op would be given.
 
-Per supervised layer: the key projection done again on the layer's input, attention weights of every head
-materialised, the box painted on the image canvas and resized to the token grid, then the paper's formulas.
-What the host itself loses by giving up fused attention is *not* charged here, nor is Spearman's rho.
+In suite `op`, per supervised layer: the key projection done again on the layer's input, the scores of every head
+materialised, then the paper's formulas on the painted box. What the host itself loses by giving up fused attention is
+*not* charged here, nor is Spearman's rho: those are in suites `tap` and `tail`.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.suites.op import CANVAS, HEADS, OpInputs
+from benchmarks.differentiable import differentiable
+from benchmarks.suites.op import HEADS, OpInputs
+from benchmarks.suites.tail import TailInputs
 from benchmarks.task import Task
+from benchmarks.today.masks import paint
+from benchmarks.today.objective import objective
+from benchmarks.today.terms import attention_terms, head_average
 
 
-class Today:
-    name = "today"
-    title = "as done today (projection redone, weights and masks materialised)"
+def op(inputs: OpInputs) -> Task:
+    students = [_Layer(q, k, i) for i, (q, k) in enumerate(zip(inputs.query, inputs.key, strict=True))]
+    teachers = [_Layer(q, k, i) for i, (q, k) in enumerate(zip(inputs.teacher_query, inputs.teacher_key, strict=True))]
 
-    def task(self, suite: str, inputs: OpInputs) -> Task | None:
-        if suite != "op":
-            return None
-        students = [_Layer(q, k, i) for i, (q, k) in enumerate(zip(inputs.query, inputs.key, strict=True))]
-        teachers = [
-            _Layer(q, k, i) for i, (q, k) in enumerate(zip(inputs.teacher_query, inputs.teacher_key, strict=True))
-        ]
+    def forward() -> Sequence[Tensor]:
+        with torch.no_grad():
+            theirs = [layer.scores() for layer in teachers]
+        mask = paint(inputs.boxes, inputs.grids)
+        return attention_terms([layer.scores() for layer in students], mask, theirs)
 
-        def forward() -> list[Tensor]:
-            in_box, rac, mrc = [], [], []
-            for index, layer in enumerate(students):
-                log_p = layer.map().log_softmax(-1)
-                inside = (log_p.exp() * paint(inputs.boxes, inputs.grids)).sum(-1)
-                in_box.append(inside)
-                rac.append(-2 * inside.log())  # -log(1 - A_out) is -log(A_in) with fewer digits
-                if teachers:
-                    with torch.no_grad():
-                        t = teachers[index].map().softmax(-1)
-                    mrc.append(F.kl_div(log_p, t, reduction="none").sum(-1))
-            return [torch.stack(term) for term in (in_box, rac, mrc) if term]
+    weights = [parameter for layer in students for parameter in layer.parameters()]
+    return differentiable(forward, inputs.leaves, inputs.gradients, weights)
 
-        weights = [parameter for layer in students for parameter in layer.parameters()]
-        return Task(forward, [*inputs.query, *inputs.key], weights)
+
+def tail(inputs: TailInputs) -> Task:
+    def forward() -> Sequence[Tensor]:
+        return [objective(inputs.in_box, inputs.rac, inputs.mrc, inputs.predicted, inputs.target)]
+
+    return differentiable(forward, inputs.leaves, inputs.gradients)
 
 
 class _Layer(nn.Module):
@@ -62,20 +59,8 @@ class _Layer(nn.Module):
         self.weight = nn.Parameter(basis.to(key))
         self.bias = nn.Parameter(torch.zeros_like(self.weight[0]))
 
-    def map(self) -> Tensor:
-        """(B, N): the mean over heads of q.k / sqrt(d), in fp32 at least."""
-        batch, width = self.query.shape
-        q = F.linear(self.query.to(self.weight), self.weight).view(batch, HEADS, 1, width // HEADS)
-        k = F.linear(self.key, self.weight, self.bias).view(batch, -1, HEADS, width // HEADS).transpose(1, 2)
-        scores = (q @ k.transpose(-1, -2)) / math.sqrt(width // HEADS)  # (B, H, 1, N)
-        return scores.mean(1).squeeze(1).to(self.query.dtype)
-
-
-def paint(boxes: Tensor, grids: tuple[tuple[int, int], ...]) -> Tensor:
-    """(B, N): 1 inside the box. Painted in whole pixels on the canvas, then resized to each grid, nearest pixel."""
-    x, y, w, h = (boxes * CANVAS).unbind(-1)
-    corners = torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], dim=-1).round().long()
-    canvas = boxes.new_zeros(len(boxes), 1, CANVAS, CANVAS)
-    for sample, (x0, y0, x1, y1) in enumerate(corners.tolist()):
-        canvas[sample, :, y0:y1, x0:x1] = 1
-    return torch.cat([F.interpolate(canvas, size=grid).flatten(1) for grid in grids], dim=1)
+    def scores(self) -> Tensor:
+        """(B, N): the mean over heads of q.k / sqrt(d)."""
+        q = F.linear(self.query.to(self.weight), self.weight).unflatten(1, (HEADS, 1, -1))
+        k = F.linear(self.key, self.weight, self.bias).unflatten(2, (HEADS, -1)).transpose(1, 2)
+        return head_average(q, k)

@@ -3,5 +3,9 @@
 from __future__ import annotations
 
 from benchmarks.suites.op import OpSuite
+from benchmarks.suites.step import StepSuite
+from benchmarks.suites.tail import TailSuite
+from benchmarks.suites.tap import TapSuite
+from benchmarks.task import Suite
 
-SUITES = {suite.name: suite for suite in (OpSuite(),)}
+SUITES: dict[str, Suite] = {suite.name: suite for suite in (OpSuite(), TailSuite(), TapSuite(), StepSuite())}

@@ -9,17 +9,17 @@ import torch
 from rich.console import Console
 
 from benchmarks import cuda, runner
-from benchmarks.providers import BY_DEVICE, PROVIDERS
+from benchmarks.providers import PROVIDERS, on_device, ours
 from benchmarks.results import Row
-from benchmarks.suites.op import OpCase, OpSuite
+from benchmarks.suites.op import OpCase, OpInputs, OpSuite
 from benchmarks.table import print_tables
-from benchmarks.task import Task
+from benchmarks.task import Provider, Task
 from benchmarks.timing import CpuClock, Timing
 
 ROW = Row(
     run="now",
     suite="op",
-    case={"L": 1},
+    case={"L": 1, "B": 1, "N": 10, "D": 25, "dtype": "float32"},
     provider="ours-cuda",
     title="ours",
     mode="both",
@@ -30,6 +30,7 @@ ROW = Row(
     bytes=10**9,
     formula="K",
     kept=10,
+    bandwidth=4e12,
     environment={
         "device": "cuda",
         "cpu": "some CPU",
@@ -92,24 +93,28 @@ def test_warm_calls_once_before(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_each_device_has_its_own_providers() -> None:
-    names = {device: [provider.name for provider in providers] for device, providers in BY_DEVICE.items()}
-    assert names["cpu"] == ["eager", "compile", "today", "ours-cpu"]
-    assert names["cuda"] == ["eager", "compile", "today", "ours-cuda", "ours-cuda-graph"]
-    assert set(PROVIDERS) == {*names["cpu"], *names["cuda"]}
+    assert [provider.name for provider in on_device("op", "cpu")] == [
+        *("eager", "compile", "compile-max-autotune", "today", "ours-cpu"),
+    ]
+    assert [provider.name for provider in on_device("op", "cuda")] == [
+        *("eager", "compile", "compile-max-autotune", "today", "liger"),
+        *("ours-triton", "ours-cuda", "ours-cuda-graph"),
+    ]
+    for suite, providers in PROVIDERS.items():
+        names = [provider.name for provider in providers]
+        assert len(set(names)) == len(names), suite
 
 
 def test_a_provider_is_timed_only_in_its_modes() -> None:
-    class OnlyBoth:
-        name, title = "only-both", "one mode"
-
-        def task(self, suite: str, inputs: object) -> Task:
-            eager = PROVIDERS["eager"].task(suite, inputs)
-            assert eager is not None
-            return Task(eager.forward, eager.inputs, modes=("both",))
+    def task(inputs: OpInputs) -> Task:
+        eager = ours.op("reference")(inputs)
+        return Task(eager.results, {"both": eager.calls["both"]}, allocates=False)
 
     case = OpCase(layers=1, batch=2, tokens=16, width=16)
-    rows = runner.run_case(OpSuite(), case, [OnlyBoth()], run="now", rounds=2, clock=CpuClock(cold=False))
-    assert [(row.mode, row.status, row.kept) for row in rows if row.provider == "only-both"] == [("both", "ok", None)]
+    provider = Provider("only-both", "one mode", task)
+    rows = runner.run_case(OpSuite(), case, [provider], run="now", rounds=2, clock=CpuClock(cold=False))
+    found = [(row.mode, row.status, row.kept, row.peak) for row in rows if row.provider == "only-both"]
+    assert found == [("both", "ok", None, None)]
 
 
 def test_table_of_gpu_rows() -> None:
@@ -119,8 +124,10 @@ def test_table_of_gpu_rows() -> None:
     text = capture.get()
     assert "some GPU" in text
     assert "some CPU" not in text
+    heading = next(line for line in text.splitlines() if line.strip().startswith("ms "))
     line = next(line for line in text.splitlines() if line.strip().startswith("ours-cuda "))
-    assert line.split()[-4:] == ["2000", "2.0", "4", "0.03"]
+    assert [heading.split()[-1], *line.split()[-3:]] == ["host", "1e-07", "4", "0.03"]
+    assert line.split()[-7:-3] == ["50", "0.00", "1.0", "2.00"], "half the copy's bandwidth, 1 % of K, the peak"
 
 
 def test_rows_of_a_gpu_and_a_cpu_are_never_compared() -> None:

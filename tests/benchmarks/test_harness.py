@@ -10,67 +10,68 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from attbalance_ext import BackendUnavailable
-from benchmarks import gate
+from attbalance_ext import BackendUnavailable, attention_terms
+from benchmarks import gate, timing
 from benchmarks.__main__ import app
+from benchmarks.differentiable import differentiable
 from benchmarks.floor import Floor
-from benchmarks.memory import kept_bytes
-from benchmarks.providers import PROVIDERS
-from benchmarks.providers.today import paint
-from benchmarks.results import Row, append, latest, load
+from benchmarks.memory import kept_bytes, most_alive, peak_bytes
+from benchmarks.providers import PROVIDERS, ours
+from benchmarks.results import RESULTS, Row, append, latest, load
 from benchmarks.runner import run_case
-from benchmarks.suites.op import OpCase, OpInputs, OpSuite, grids_of
+from benchmarks.scenes import grids_of
+from benchmarks.suites.op import OpCase, OpInputs, OpSuite
+from benchmarks.sweep import NoSuchOption, cases
 from benchmarks.table import print_tables
-from benchmarks.task import MODES, Task
+from benchmarks.task import Provider, Task
 from benchmarks.timing import CpuClock, Timing, interleave
+from benchmarks.today.masks import paint
+from benchmarks.wash import smallest_that_washes
 
 SUITE = OpSuite()
+MODES = SUITE.modes
 TINY = OpCase(layers=2, batch=3, tokens=16, width=32, teacher=True)
 CPU = torch.device("cpu")
+OP = {provider.name: provider for provider in PROVIDERS["op"]}
 
 
-class Broken:
-    """The reference with one result spoilt: an output, or only a gradient."""
+def broken(spoilt: str) -> Provider:
+    """The reference with one result spoilt: an output, only a gradient, or one left out."""
 
-    name, title = "broken", "a wrong provider"
-
-    def __init__(self, spoilt: str) -> None:
-        self._spoilt = spoilt
-
-    def task(self, suite: str, inputs: OpInputs) -> Task:
-        right = PROVIDERS["eager"].task(suite, inputs)
-        assert right is not None
-
+    def task(inputs: OpInputs) -> Task:
         def forward() -> list[Tensor]:
-            outputs = list(right.forward())
-            if self._spoilt == "output":
+            terms = attention_terms(inputs.student(), inputs.region, teacher=inputs.teacher(), backend="reference")
+            outputs = list(terms[:3])
+            if spoilt == "output":
                 outputs[1] = outputs[1] * 1.001
-            elif self._spoilt == "gradient":
+            elif spoilt == "gradient":
                 outputs[1] = outputs[1].detach() + 1.001 * (outputs[1] - outputs[1].detach())
-            elif self._spoilt == "nan":
+            elif spoilt == "nan":
                 outputs[0] = outputs[0] * float("nan")
             return outputs
 
-        return Task(forward, right.inputs)
+        leaves = inputs.leaves
+        if spoilt == "missing":
+            del leaves["key 0"]
+        return differentiable(forward, leaves, inputs.gradients)
+
+    return Provider("broken", "a wrong provider", task)
 
 
-class Missing:
-    name, title = "missing", "a provider that cannot run here"
-
-    def task(self, suite: str, inputs: OpInputs) -> Task:
-        raise BackendUnavailable("no such hardware")
+def missing(inputs: OpInputs) -> Task:
+    raise BackendUnavailable("no such hardware")
 
 
-def run(*providers: object, case: OpCase = TINY) -> list[Row]:
-    return run_case(SUITE, case, providers, run="now", rounds=2, clock=CpuClock(cold=False))  # type: ignore[arg-type]
+def run(*providers: Provider, case: OpCase = TINY) -> list[Row]:
+    return run_case(SUITE, case, providers, run="now", rounds=2, clock=CpuClock(cold=False))
 
 
-@pytest.mark.parametrize("spoilt", ["output", "gradient", "nan"])
+@pytest.mark.parametrize("spoilt", ["output", "gradient", "nan", "missing"])
 def test_a_wrong_provider_is_caught_and_not_timed(spoilt: str) -> None:
-    rows = run(Broken(spoilt))
-    broken = [row for row in rows if row.provider == "broken"]
-    assert len(broken) == len(MODES)
-    for row in broken:
+    rows = run(broken(spoilt))
+    wrong = [row for row in rows if row.provider == "broken"]
+    assert len(wrong) == len(MODES)
+    for row in wrong:
         assert row.status.startswith("failed")
         assert row.timing is None
         assert row.error is not None
@@ -78,26 +79,28 @@ def test_a_wrong_provider_is_caught_and_not_timed(spoilt: str) -> None:
 
 
 def test_the_gate_passes_what_is_only_wrapped() -> None:
-    assert all(row.status == "ok" and row.timing for row in run(Broken("nothing")))
+    assert all(row.status == "ok" and row.timing for row in run(broken("nothing")))
 
 
 def test_a_provider_that_cannot_run_says_why() -> None:
-    row = next(row for row in run(Missing()) if row.provider == "missing")
+    row = next(
+        row for row in run(Provider("missing", "one that cannot run here", missing)) if row.provider == "missing"
+    )
     assert row.status == "unavailable: no such hardware"
     assert row.timing is None
 
 
 @pytest.mark.parametrize("name", ["eager", "today", "ours-cpu"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("teacher", [False, True])
 def test_providers_pass_the_gate(name: str, dtype: torch.dtype, teacher: bool) -> None:
     case = OpCase(layers=2, batch=3, tokens=500, width=64, dtype=dtype, teacher=teacher)
-    rows = [row for row in run(PROVIDERS[name], case=case) if row.provider == name]
+    rows = [row for row in run(OP[name], case=case) if row.provider == name]
     assert [row.status for row in rows] == ["ok"] * len(MODES)
 
 
 def test_rows_are_complete_and_survive_the_file(tmp_path: Path) -> None:
-    rows = run(PROVIDERS["eager"])
+    rows = run(OP["eager"])
     assert {(row.provider, row.mode) for row in rows} == {
         (name, mode) for name in ("eager", "floor", "floor-fresh") for mode in MODES
     }
@@ -114,7 +117,7 @@ def test_rows_are_complete_and_survive_the_file(tmp_path: Path) -> None:
 
 
 def test_latest_keeps_one_run_of_each_case(tmp_path: Path) -> None:
-    rows = run(PROVIDERS["eager"])
+    rows = run(OP["eager"])
     path = tmp_path / "results.jsonl"
     append(rows, path)
     path.write_text(path.read_text() + path.read_text().replace('"run": "now"', '"run": "later"'))
@@ -148,19 +151,37 @@ def test_floor_writes_every_tensor() -> None:
 def test_kept_memory_counts_storages_once_and_no_leaf() -> None:
     x = torch.randn(10, 10, requires_grad=True)
 
-    def forward() -> list[Tensor]:
+    def forward() -> Tensor:
         y = x.exp()  # saves its result: 400 bytes
-        return [(y * y[:5].sum()).sin()]  # y again, a scalar, and the product
+        return (y * y[:5].sum()).sin()  # y again, a scalar, and the product
 
-    assert kept_bytes(Task(forward, [x])) == 400 + 4 + 400
-    assert kept_bytes(Task(lambda: [x * x], [x])) == 0
+    assert kept_bytes(forward, [x]) == 400 + 4 + 400
+    assert kept_bytes(lambda: x * x, [x]) == 0
+
+
+def test_peak_memory_is_what_lives_at_one_time() -> None:
+    def call() -> Tensor:
+        a = torch.ones(1000, 1000)
+        b = a + 1
+        del a
+        c = b + 1
+        del b
+        return c + 1  # with c: two at a time, of four
+
+    already_there = torch.ones(1000, 1000)
+    assert 8e6 <= peak_bytes(call, CPU) < 8.1e6
+    assert peak_bytes(lambda: already_there.add_(1), CPU) < 1e5
+
+
+def test_the_end_of_an_earlier_block_is_no_gain() -> None:
+    assert most_alive([(1, 100), (2, -70), (3, 50), (1, -100), (4, 20)]) == 150
 
 
 def test_op_keeps_a_small_fraction_of_the_keys() -> None:
     case = OpCase(layers=2, batch=2)
-    task = PROVIDERS["ours-cpu"].task("op", SUITE.inputs(case, CPU))
-    assert task is not None
-    assert kept_bytes(task) <= 0.02 * SUITE.bytes(case).read
+    task = ours.op("cpu")(SUITE.inputs(case, CPU))
+    assert task.kept is not None
+    assert 0 < task.kept() <= 0.02 * SUITE.bytes(case).read
 
 
 def test_painted_masks_equal_the_region() -> None:
@@ -179,7 +200,8 @@ def test_grids() -> None:
     assert grids_of(31) == ((1, 31),)
 
 
-def test_interleaving_rotates_and_times_only_the_call() -> None:
+def test_interleaving_rotates_and_times_only_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "last_level_cache", lambda: 1 << 20)
     calls = []
 
     def contender(name: str):
@@ -189,16 +211,18 @@ def test_interleaving_rotates_and_times_only_the_call() -> None:
 
         return prepare
 
-    timings = interleave({"a": contender("a"), "b": contender("b")}, CpuClock(), rounds=2, warmup=1)
-    assert {name: timing.samples for name, timing in timings.items()} == {"a": 2, "b": 2}
+    clock = CpuClock()
+    assert (clock.cache, clock.washed) == ("cold", 64 << 20)
+    timings = interleave({"a": contender("a"), "b": contender("b")}, clock, rounds=2, warmup=1)
+    assert {name: found.samples for name, found in timings.items()} == {"a": 2, "b": 2}
     order = [call.split()[1] for call in calls if call.startswith("run")]
     assert order == ["b", "a", "a", "b", "b", "a"]
     assert calls[0::2] == [f"prepare {name}" for name in order]
 
 
 def test_timing_quantiles() -> None:
-    timing = Timing.of([s / 1000 for s in (5, 1, 2, 3, 4, 6)])
-    assert timing == pytest.approx(Timing(median=3.5, p20=2.0, p80=5.0, fastest=1.0, samples=6))
+    found = Timing.of([s / 1000 for s in (5, 1, 2, 3, 4, 6)])
+    assert found == pytest.approx(Timing(median=3.5, p20=2.0, p80=5.0, fastest=1.0, samples=6))
 
 
 def test_relative_error_of_bad_results() -> None:
@@ -211,20 +235,32 @@ def test_relative_error_of_bad_results() -> None:
 def test_table_shows_no_speedup_for_a_failed_provider(tmp_path: Path) -> None:
     from rich.console import Console
 
-    console = Console(width=120, record=True, file=(tmp_path / "out").open("w"))
-    print_tables([run(PROVIDERS["eager"], Broken("output"))], console)
+    console = Console(width=40, record=True, file=(tmp_path / "out").open("w"))
+    print_tables([run(OP["eager"], broken("output"))], console)
     line = next(line for line in console.export_text().splitlines() if line.strip().startswith("broken"))
-    assert line.split() == ["broken", *["-"] * 7, "failed"]
+    assert line.split()[1:] == [*["-"] * (len(line.split()) - 2), "failed"]
 
 
 def test_command_line(tmp_path: Path) -> None:
     results, picture = tmp_path / "results.jsonl", tmp_path / "plot.svg"
-    shapes = ["--batch", "2", "--layers", "1", "--tokens", "16", "--width", "16", "--rounds", "2"]
+    shapes = ["--batch", "2", "--layers", "1", "--tokens", "16", "--tokens", "9", "--width", "16", "--rounds", "2"]
+    shapes += ["--teacher", "--no-teacher", "--warm"]
     shapes += ["--allocator", "system"]  # the other choice would hold for every later test
     done = CliRunner().invoke(app, ["run", *shapes, "--provider", "eager", "--output", str(results)])
     assert done.exit_code == 0, done.output
-    assert {json.loads(line)["provider"] for line in results.read_text().splitlines()} >= {"eager", "floor"}
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert {row["provider"] for row in rows} >= {"eager", "floor"}
+    assert {(row["case"]["N"], row["case"]["teacher"]) for row in rows} == {
+        (16, False),
+        (16, True),
+        (9, False),
+        (9, True),
+    }
+    assert all(row["bandwidth"] > 1e6 for row in rows)
+    assert "% of copy" in done.output
     assert CliRunner().invoke(app, ["table", "--results", str(results)]).exit_code == 0
+    markdown = CliRunner().invoke(app, ["table", "--markdown", "--results", str(results)])
+    assert "| N=16, teacher=True | " in markdown.output
     assert CliRunner().invoke(app, ["plot", "--results", str(results), "--output", str(picture)]).exit_code == 0
     assert picture.read_text().startswith("<?xml")
 
@@ -237,11 +273,36 @@ def test_command_line(tmp_path: Path) -> None:
         ["run", "--mode", "sideways"],
         ["run", "--device", "tpu"],
         ["run", "--provider", "nosuch"],
+        ["run", "--precision", "bf16"],
+        ["run", "--suite", "step", "--mode", "forward"],
+        ["run", "--suite", "step", "--model", "nosuch"],
+        ["run", "--suite", "step", "--model", "qrnet-tiny", "--warm", "--allocator", "system", "--size", "20"],
         ["table", "--results", "nosuch.jsonl"],
     ],
 )
 def test_bad_arguments_are_refused_in_one_line(arguments: list[str]) -> None:
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 2
-    assert arguments[-1] in done.output
+    assert arguments[-1] in done.output or arguments[-2] in done.output
     assert "Traceback" not in done.output
+
+
+def test_a_sweep_is_every_combination_of_what_is_given() -> None:
+    found = cases(SUITE, {"tokens": [400, 500], "teacher": [False, True], "layers": []})
+    assert len(found) == 8
+    assert {(case.batch, case.tokens, case.layers) for case in found} == {
+        (b, n, 6) for b in (8, 32) for n in (400, 500)
+    }
+    with pytest.raises(NoSuchOption, match="model"):
+        cases(SUITE, {"model": ["transvg-r50"]})
+
+
+def test_the_wash_is_as_large_as_it_has_to_be() -> None:
+    seconds = {1: 0.4, 2: 0.9, 4: 0.99, 8: 1.0, 16: 1.0}
+    assert smallest_that_washes([1, 2, 4, 8], 16, seconds.__getitem__) == 8
+    assert smallest_that_washes([], 16, seconds.__getitem__) == 16
+    assert smallest_that_washes([1, 2], 16, seconds.__getitem__) == 16
+
+
+def test_the_committed_results_load() -> None:
+    assert latest(load(RESULTS))
