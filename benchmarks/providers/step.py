@@ -134,7 +134,7 @@ def teacher_update(inputs: StepInputs) -> Task:
 
 
 def teacher_forward(inputs: StepInputs) -> Task:
-    """The teacher's forward pass alone, from where the student's work serves it too to its last supervised attention."""
+    """The teacher's forward pass alone, from where the student's work serves it to its last supervised attention."""
 
     def prepare() -> Callable[[], QueryAttention]:
         inputs.watch.by(Nobody)  # today's way hangs its hooks on the teacher too
