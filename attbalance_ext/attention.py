@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -35,9 +36,6 @@ class QueryAttention:
         place.
         scale: multiplies ``q . k``; one number for every layer, or L numbers.
         padding: (B, N) bool, True = ignore. A tap fills it from the host's own mask.
-        offset: L zeros (B, N), or None, for terms added to ``q . k``; empty: none. Where there is one, the kernels of
-            :func:`attention_terms` may give it the gradient ``g_j`` by ``q . k_j``, and the key none: whoever made it
-            adds ``g_j q`` to the key's gradient then (a tap does: see ``key_gradient.py``). The values are not read.
 
     float32, bfloat16, float16 and float64 are accepted, also mixed.
 
@@ -50,7 +48,8 @@ class QueryAttention:
     key: tuple[Tensor, ...]
     scale: tuple[float, ...]
     padding: Tensor | None = None
-    offset: tuple[Tensor | None, ...] = ()
+    # See `with_offset`. No argument: a copy with another query or key must not keep it.
+    offset: tuple[Tensor | None, ...] = field(init=False, default=())
 
     def __init__(
         self,
@@ -58,7 +57,6 @@ class QueryAttention:
         key: Tensor | Sequence[Tensor],
         scale: float | Sequence[float],
         padding: Tensor | None = None,
-        offset: Sequence[Tensor | None] = (),
     ) -> None:
         queries, keys = _layers("query", query), _layers("key", key)
         if len(queries) != len(keys):
@@ -69,13 +67,11 @@ class QueryAttention:
         _check_layers(queries, keys)
         if padding is not None:
             check_padding("padding", padding, keys)
-        offsets = tuple(offset) or (None,) * len(keys)
-        _check_offsets(offsets, keys)
         object.__setattr__(self, "query", queries)
         object.__setattr__(self, "key", keys)
         object.__setattr__(self, "scale", scales)
         object.__setattr__(self, "padding", padding)
-        object.__setattr__(self, "offset", offsets)
+        object.__setattr__(self, "offset", (None,) * len(keys))
 
     @classmethod
     def from_heads(
@@ -122,9 +118,21 @@ class QueryAttention:
         if not 0 <= n <= len(self.key):
             raise ValueError(f"n must be between 0 and the {len(self.key)} recorded layers, got {n}")
         first = len(self.key) - n
-        return QueryAttention(
-            self.query[first:], self.key[first:], self.scale[first:], self.padding, self.offset[first:]
-        )
+        last = QueryAttention(self.query[first:], self.key[first:], self.scale[first:], self.padding)
+        return with_offset(last, self.offset[first:])
+
+
+def with_offset(attention: QueryAttention, offset: Sequence[Tensor | None]) -> QueryAttention:
+    """The same attention, whose keys' gradients are taken in factors (for taps).
+
+    offset: L of (B, N) zeros that require grad, or None. Where there is one, the kernels of :func:`attention_terms`
+    give it the gradient g_j by ``query . key_j``, and the key none; whoever made it adds ``g_j query`` to the key's.
+    """
+    if all(zeros is None for zeros in offset):
+        return attention
+    made = copy.copy(attention)
+    object.__setattr__(made, "offset", tuple(offset))
+    return made
 
 
 def attention_map(attention: QueryAttention, key_padding_mask: Tensor | None = None) -> Tensor:
@@ -211,18 +219,4 @@ def _check_layers(queries: Sequence[Tensor], keys: Sequence[Tensor]) -> None:
             raise ValueError(
                 f"query and key must be on one device: key[0] is on {keys[0].device}, "
                 f"query[{layer}] on {q.device}, key[{layer}] on {k.device}"
-            )
-
-
-def _check_offsets(offsets: Sequence[Tensor | None], keys: Sequence[Tensor]) -> None:
-    if len(offsets) != len(keys):
-        raise ValueError(f"offset must hold one tensor or None a layer: got {len(offsets)} for {len(keys)} layers")
-    for layer, (offset, key) in enumerate(zip(offsets, keys, strict=True)):
-        if offset is None:
-            continue
-        require_floating(f"offset[{layer}]", offset)
-        if offset.shape != key.shape[:2] or offset.device != key.device:
-            raise ValueError(
-                f"offset[{layer}] must be (B, N) = {tuple(key.shape[:2])} on {key.device} like the keys, "
-                f"got shape {tuple(offset.shape)} on {offset.device}"
             )

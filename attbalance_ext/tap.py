@@ -17,14 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attbalance_ext.attention import QueryAttention
-from attbalance_ext.key_gradient import tapped
+from attbalance_ext.attention import QueryAttention, with_offset
+from attbalance_ext.key_gradient import Interposed, interpose
 from attbalance_ext.sharding import is_unit
 
 # A float mask is added to the scores: below this a token's probability underflows to 0, whatever finite stand-in
 # for -inf the host uses.
 _MASKED = -1e4
-
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -34,7 +33,7 @@ class _Record(NamedTuple):
     key: Tensor  # x, (B, N, D)
     scale: float
     padding: Tensor | None
-    offset: Tensor | None  # (B, N) zeros, takes the key's gradient
+    offset: Tensor | None = None  # (B, N) zeros, takes the key's gradient
 
 
 class AttentionTap:
@@ -94,16 +93,19 @@ class AttentionTap:
         self._attached = True
         self._recording = False
         self._records: list[_Record | None] = [None] * len(modules)
+        self._interposed: list[Interposed | None] = [None] * len(modules)
         self._handles = [
-            module.register_forward_pre_hook(partial(self._observe, position), with_kwargs=True)
+            handle
             for position, module in enumerate(modules)
+            for handle in (
+                module.register_forward_pre_hook(partial(self._interpose, position), with_kwargs=True),
+                module.register_forward_hook(partial(self._observe, position), with_kwargs=True),
+            )
         ]
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Record the forward pass that runs inside.
-
-        What was recorded before and not fetched is dropped, and so is what a pass that fails has recorded.
+        """Record the forward pass that runs inside; what was recorded before and not fetched is dropped.
 
         Raises:
             RuntimeError: the tap was removed or is a copy, or is recording already. Inside, from the model's forward
@@ -117,14 +119,11 @@ class AttentionTap:
             raise RuntimeError("this tap is recording already")
         self._records = [None] * len(self._records)
         self._recording = True
-        complete = False
         try:
             yield
-            complete = True
         finally:
             self._recording = False
-            if not complete:
-                self._records = [None] * len(self._records)
+            self._interposed = [None] * len(self._records)
 
     def attention(self) -> QueryAttention:
         """Hand over the last recording, L layers, and forget it: nothing stays in memory for the tap's sake.
@@ -140,13 +139,13 @@ class AttentionTap:
                 "recording once, and tap a model before its first compiled call"
             )
         recorded = [record for record in records if record is not None]
-        return QueryAttention(
+        attention = QueryAttention(
             [record.query for record in recorded],
             [record.key for record in recorded],
             [record.scale for record in recorded],
             recorded[-1].padding,
-            [record.offset for record in recorded],
         )
+        return with_offset(attention, [record.offset for record in recorded])
 
     def remove(self) -> None:
         """Take the hooks off the modules."""
@@ -162,8 +161,30 @@ class AttentionTap:
             "_attached": False,
             "_recording": False,
             "_records": [None] * len(self._records),
+            "_interposed": [None] * len(self._records),
             "_handles": [],
         }
+
+    def _interpose(
+        self, position: int, module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> _Arguments | None:
+        """Before a recorded layer: let its key's gradient come back in factors."""
+        # Not in compiled code, where a function of our own breaks the graph inside of a checkpointed region, and the
+        # sizes it notes down cost a compilation each. Not in a recomputation, whose graph only hands out saved tensors.
+        if not self._recording or torch.compiler.is_compiling() or _in_backward():
+            return None
+        key = _key(args, kwargs)
+        if not isinstance(key, Tensor) or key.dim() != 3 or key.is_nested:
+            return None
+        if not (key.requires_grad and torch.is_grad_enabled()):
+            return None
+        interposed = interpose(key, self._visual, _dtype(module), batch_first=module.batch_first)
+        self._interposed[position] = interposed
+        # Wherever the layer was given this tensor: whether query, key and value are one decides how it projects them.
+        return (
+            tuple(interposed.passed if argument is key else argument for argument in args),
+            {name: interposed.passed if argument is key else argument for name, argument in kwargs.items()},
+        )
 
     def _observe(
         self,
@@ -171,19 +192,20 @@ class AttentionTap:
         module: nn.MultiheadAttention,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> _Arguments | None:
+        output: Any,
+    ) -> None:
         if not self._attached:
-            return None
+            return
         if not self._recording:
             # With gradients on, compute all the same: recomputation under activation checkpointing must meet the same
             # graph as the recorded forward pass. What cannot be read is the host's own business.
             if torch.is_grad_enabled():
                 with suppress(ValueError):
-                    return _read(module, self._query, self._visual, args, kwargs)[1]
-            return None
-        record, arguments = _read(module, self._query, self._visual, args, kwargs)
+                    _read(module, self._query, self._visual, args, kwargs)
+            return
+        record = _read(module, self._query, self._visual, args, kwargs)
         if _in_backward():
-            return arguments
+            return
         if module.training and not torch.is_grad_enabled():
             raise RuntimeError(
                 "a recording in training mode needs gradients: under no_grad, or reentrant activation checkpointing "
@@ -193,8 +215,11 @@ class AttentionTap:
             raise RuntimeError(
                 f"layer {position} ran twice in one recording: fetch tap.attention() after each forward pass"
             )
+        interposed, self._interposed[position] = self._interposed[position], None
+        if interposed is not None and _key(args, kwargs) is interposed.passed:  # no other hook has exchanged it
+            interposed.key_gradient.query = record.query.detach()
+            record = record._replace(offset=interposed.offset)
         self._records[position] = record
-        return arguments
 
 
 def _in_backward() -> bool:
@@ -202,20 +227,28 @@ def _in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[1] if len(args) > 1 else kwargs.get("key")
+
+
+def _dtype(module: nn.MultiheadAttention) -> torch.dtype:
+    """Of the folded query: float32, or float64 for float64 weights."""
+    weight = module.in_proj_weight if module._qkv_same_embed_dim else module.q_proj_weight
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
 def _read(
     module: nn.MultiheadAttention, index: int, visual: slice, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[_Record, _Arguments]:
-    """What a call of a tapped layer shows, and the arguments that the layer goes on with."""
+) -> _Record:
     if is_unit(module):  # its parameters would be gone when the recording's backward pass needs them
         raise ValueError("fully_shard was applied to a tapped layer by itself: apply it to the block around the layer")
     query = args[0] if args else kwargs.get("query")
-    key = args[1] if len(args) > 1 else kwargs.get("key")
+    key = _key(args, kwargs)
     if not isinstance(query, Tensor) or not isinstance(key, Tensor):
         raise ValueError(
             f"a tapped layer is called as forward(query, key, value, ...), not as {type(module).__name__} was"
         )
     mask = args[3] if len(args) > 3 else kwargs.get("key_padding_mask")
-    given = key
     if query.is_nested or key.is_nested:
         query, key, mask = _unnest(query, key, index, visual)
     elif query.dim() != 3:
@@ -230,23 +263,12 @@ def _read(
         if padding.dtype != torch.bool:
             padding = padding < _MASKED
     head_width = module.embed_dim // module.num_heads
-    folded = _fold_projections(module, query[:, index])
-    offset = None
-    # Compiled code keeps the keys' gradient whole: a function of our own inside of a checkpointed region breaks the
-    # graph, and the sizes it notes down cost a compilation each.
-    if torch.is_grad_enabled() and given.requires_grad and not (given.is_nested or torch.compiler.is_compiling()):
-        replaced, offset = tapped(given, folded, visual, batch_first=module.batch_first)
-        # Wherever the layer was given this tensor: whether query, key and value are one decides how it projects them.
-        args = tuple(replaced if argument is given else argument for argument in args)
-        kwargs = {name: replaced if argument is given else argument for name, argument in kwargs.items()}
-    record = _Record(
-        query=folded,
+    return _Record(
+        query=_fold_projections(module, query[:, index]),
         key=key[:, visual],
         scale=1 / (module.num_heads * math.sqrt(head_width)),
         padding=padding,
-        offset=offset,
     )
-    return record, (args, kwargs)
 
 
 def _fold_projections(module: nn.MultiheadAttention, x: Tensor) -> Tensor:
@@ -257,7 +279,7 @@ def _fold_projections(module: nn.MultiheadAttention, x: Tensor) -> Tensor:
     else:
         weight_q, weight_k = module.q_proj_weight, module.k_proj_weight
     bias_q = None if module.in_proj_bias is None else module.in_proj_bias[:width]
-    dtype = torch.float64 if weight_q.dtype == torch.float64 else torch.float32
+    dtype = _dtype(module)
     with torch.autocast(x.device.type, enabled=False):
         q = F.linear(x.to(dtype), weight_q.to(dtype), None if bias_q is None else bias_q.to(dtype))
         return q @ weight_k.to(dtype)

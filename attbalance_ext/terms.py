@@ -34,7 +34,8 @@ def attention_terms(
     in log space, without clamp or epsilon, exact from A_in = 1e-30 to 1 - 1e-8.
 
     Args:
-        student: the L supervised layers; gradients reach its queries and keys.
+        student: the L supervised layers; gradients reach its queries and keys. (Where a tap recorded them, the kernels
+            hand the keys' gradient to the tap, which adds it to that of the layer's input: ``student.key`` gets none.)
         region: a :class:`BoxRegion`, or weights (B, N), floating or bool, clamped to [0, 1]. No gradient.
         teacher: the momentum teacher's attention, the same L, B, N and D. No gradient.
         key_padding_mask: (B, N) bool, True = ignore; overrides ``student.padding``. It holds for student and teacher.

@@ -12,6 +12,7 @@ from helpers import excess
 from torch import Tensor
 
 from attbalance_ext import AttentionTerms, BoxRegion, QueryAttention, attention_terms
+from attbalance_ext.attention import with_offset
 
 GRIDS = {
     1: ((1, 1),),
@@ -201,7 +202,7 @@ def offset_gradients(
         torch.zeros(k.shape[:2], dtype=dtype, device=k.device, requires_grad=True) if yes else None
         for k, yes in zip(key, taken, strict=True)
     ]
-    student = QueryAttention(query, key, problem.scale, problem.padding, offset)
+    student = with_offset(QueryAttention(query, key, problem.scale, problem.padding), offset)
     terms = attention_terms(student, problem.region, teacher=problem.teacher, backend=backend)
     loss = sum((g * term).sum() for g, term in zip(problem.incoming, terms[:3], strict=True))
     leaves = [o for o in offset if o is not None]

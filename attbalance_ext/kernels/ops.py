@@ -235,17 +235,16 @@ def attention_terms(
     offset: L x (B, N) zeros in the arithmetic's dtype, or None; never read. They stand in for what is added to
     ``query . key``, and get the gradient by it.
     """
-    tensors: list[Tensor | None] = [*query, *key, *teacher_query, *teacher_key]
+    tensors = [*query, *key, *teacher_query, *teacher_key]
     if torch.compiler.is_compiling():  # refuses one tensor twice, and layers may share one: a decoder's memory
-        tensors = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
-    tensors = [*offset, *tensors]
-    return AttentionTerms(*_AttentionTerms.apply(spec, region, padding, *tensors))
+        tensors = [tensor.view_as(tensor) for tensor in tensors]
+    return AttentionTerms(*_AttentionTerms.apply(spec, region, padding, *offset, *tensors))
 
 
 class _AttentionTerms(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, spec: AttentionSpec, region: Tensor, padding: Tensor | None, *tensors: Tensor
+        ctx: Any, spec: AttentionSpec, region: Tensor, padding: Tensor | None, *tensors: Any
     ) -> tuple[Tensor, ...]:
         layers = len(spec.scale)
         _, query, key, teacher_query, teacher_key = (list(tensors[i * layers : (i + 1) * layers]) for i in range(5))

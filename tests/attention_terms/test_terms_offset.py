@@ -10,6 +10,7 @@ from helpers import NATIVE, poisoned_memory, same_bits
 from helpers_attention import assert_solves, literal, make_problem, multiplied_out, offset_gradients, solve
 
 from attbalance_ext import QueryAttention
+from attbalance_ext.attention import with_offset
 from attbalance_ext.kernels.choose import BACKENDS as REGISTERED
 
 ALL = [*NATIVE, *(["triton"] if "cpu" in REGISTERED["triton"].devices else [])]
@@ -69,17 +70,17 @@ def test_the_reference_leaves_it_alone() -> None:
     assert all(map(same_bits, grad_key, solve(problem, "reference").grad_key))
 
 
-def test_bad_offsets_are_named() -> None:
-    query, key = [torch.zeros(2, 8)] * 2, [torch.zeros(2, 5, 8)] * 2
-    with pytest.raises(ValueError, match="offset must hold one tensor or None a layer: got 1 for 2 layers"):
-        QueryAttention(query, key, 1.0, offset=[None])
-    with pytest.raises(ValueError, match=r"offset\[1\] must be \(B, N\) = \(2, 5\) on cpu .* got shape \(2, 4\)"):
-        QueryAttention(query, key, 1.0, offset=[None, torch.zeros(2, 4)])
-    with pytest.raises(TypeError, match=r"offset\[0\] must be float32"):
-        QueryAttention(query, key, 1.0, offset=[torch.zeros(2, 5, dtype=torch.int64), None])
+def attention_with_offsets() -> QueryAttention:
+    attention = QueryAttention([torch.zeros(2, 8)] * 3, [torch.zeros(2, 5, 8)] * 3, 1.0)
+    return with_offset(attention, [None, torch.zeros(2, 5), torch.ones(2, 5)])
 
 
 def test_the_last_layers_keep_theirs() -> None:
-    query, key = [torch.zeros(2, 8)] * 3, [torch.zeros(2, 5, 8)] * 3
-    offset = [None, torch.zeros(2, 5), torch.ones(2, 5)]
-    assert QueryAttention(query, key, 1.0, offset=offset).last(2).offset == (offset[1], offset[2])
+    attention = attention_with_offsets()
+    assert attention.last(2).offset == attention.offset[1:]
+
+
+def test_a_copy_with_another_query_or_key_has_none() -> None:
+    """Whoever made the offset would multiply its gradient with the old query."""
+    attention = attention_with_offsets()
+    assert replace(attention, query=[2 * query for query in attention.query]).offset == (None,) * 3

@@ -94,7 +94,7 @@ def test_plain_pays_for_no_hook() -> None:
     for task in tasks:
         task.calls["both"]()
         found.append(hooks())
-    assert found == [2, 2, 0]
+    assert found == [4, 2, 0]  # a tap has two for each of the two layers
 
 
 def test_todays_way_materialises_attention_and_the_tap_does_not() -> None:

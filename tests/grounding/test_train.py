@@ -94,7 +94,7 @@ def test_terms_end_after_their_fraction(make_trainer: MakeTrainer) -> None:
     with_terms = [record["step"] for record in trainer.log.history["train"] if "rac" in record]
     assert with_terms == list(range(1, 13))
     assert trainer.teacher is None
-    assert not any(module._forward_pre_hooks for module in trainer.model.modules())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in trainer.model.modules())
 
 
 def test_stops_early_and_keeps_the_best(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,11 @@ import torch
 from helpers import DOUBLE, poisoned_memory, same_bits
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attbalance_ext import AttentionTap, QueryAttention, attention_terms
-from attbalance_ext.key_gradient import tapped
+from attbalance_ext.key_gradient import interpose
 
 VISUAL = {
     "all": slice(None),
@@ -34,11 +35,17 @@ def whole(x: Tensor, query: Tensor, factor: Tensor, visual: slice, batch_first: 
     return out
 
 
+def interposed(x: Tensor, query: Tensor, visual: slice, *, batch_first: bool) -> tuple[Tensor, Tensor]:
+    passed, offset, key_gradient = interpose(x, visual, query.dtype, batch_first=batch_first)
+    key_gradient.query = query
+    return passed, offset
+
+
 @pytest.mark.parametrize("batch_first", [True, False], ids=["batch_first", "sequence_first"])
 @pytest.mark.parametrize("visual", VISUAL.values(), ids=VISUAL)
 def test_adds_to_the_hosts_gradient(visual: slice, batch_first: bool) -> None:
-    x, query = (leaf(2, 9, 4) if batch_first else leaf(9, 2, 4)), leaf(2, 4)
-    passed, offset = tapped(x, query, visual, batch_first=batch_first)
+    x, query = (leaf(2, 9, 4) if batch_first else leaf(9, 2, 4)), leaf(2, 4).detach()
+    passed, offset = interposed(x, query, visual, batch_first=batch_first)
     assert torch.equal(passed, x)
     assert offset.shape == (2, len(range(9)[visual]))
     assert not offset.any()
@@ -47,8 +54,10 @@ def test_adds_to_the_hosts_gradient(visual: slice, batch_first: bool) -> None:
     with poisoned_memory():
         (both,) = torch.autograd.grad([passed, offset], x, [incoming, factor], retain_graph=True)
         (alone,) = torch.autograd.grad(offset, x, factor, retain_graph=True)
-        (host,) = torch.autograd.grad(passed, x, incoming)
+        (host,) = torch.autograd.grad(passed, x, incoming, retain_graph=True)
+    (in_a_graph,) = torch.autograd.grad([passed, offset], x, [incoming, factor], create_graph=True)
     torch.testing.assert_close(both, incoming + expected, rtol=1e-15, atol=1e-15)
+    torch.testing.assert_close(in_a_graph, both, rtol=1e-15, atol=1e-15)
     assert torch.equal(alone, expected)
     assert same_bits(host, incoming)
 
@@ -56,7 +65,7 @@ def test_adds_to_the_hosts_gradient(visual: slice, batch_first: bool) -> None:
 def test_the_hosts_gradient_is_not_written_to() -> None:
     """The residual branch is given the very tensor that the layer is."""
     x = leaf(2, 5, 4)
-    passed, offset = tapped(x, leaf(2, 4), slice(None), batch_first=True)
+    passed, offset = interposed(x, torch.randn(2, 4).double(), slice(None), batch_first=True)
     incoming = torch.randn(2, 5, 4, dtype=torch.float64)
     before = incoming.clone()
     torch.autograd.grad([passed, offset], x, [incoming, torch.ones_like(offset)])
@@ -64,8 +73,8 @@ def test_the_hosts_gradient_is_not_written_to() -> None:
 
 
 def test_rounds_once() -> None:
-    x, query = leaf(3, 7, 16, dtype=torch.bfloat16), leaf(3, 16, dtype=torch.float32)
-    passed, offset = tapped(x, query, slice(1, 6), batch_first=True)
+    x, query = leaf(3, 7, 16, dtype=torch.bfloat16), torch.randn(3, 16)
+    passed, offset = interposed(x, query, slice(1, 6), batch_first=True)
     incoming, factor = torch.randn_like(x), torch.randn_like(offset)
     (got,) = torch.autograd.grad([passed, offset], x, [incoming, factor])
     exact = incoming.double()
@@ -137,6 +146,67 @@ def test_second_derivatives_by_the_reference() -> None:
 
     with sdpa_kernel(SDPBackend.MATH):  # the fused one has no second derivative
         assert torch.autograd.gradgradcheck(penalty, (leaf(1, 8, 16),), atol=1e-4)
+
+
+def test_padding_sees_no_query_that_is_not_finite() -> None:
+    layer = nn.MultiheadAttention(8, 2, batch_first=True)
+    tap = AttentionTap([layer])
+    query, key = torch.randn(2, 1, 8), torch.randn(2, 5, 8).requires_grad_()
+    query[1] = torch.inf
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with tap.recording():
+        layer(query, key, key, key_padding_mask=padding, need_weights=False)
+    attention_terms(tap.attention(), torch.ones(2, 5).tril(1), backend="cpu").rac.sum().backward()
+    assert key.grad[0].isfinite().all()
+    assert key.grad[1, :3].isnan().all()
+    assert not key.grad[1, 3:].any()
+
+
+@pytest.mark.parametrize("change", ["key", "weights"])
+def test_later_hooks_of_the_layer_are_seen(change: str) -> None:
+    """What a hook that comes after the tap's makes of the key, or of the weights as `prune` does, is what counts."""
+    layer = nn.MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64)
+    tap = AttentionTap([layer])
+    if change == "key":
+        layer.register_forward_pre_hook(lambda module, args: (args[0], 3 * args[1], args[2]))
+    else:
+        prune.random_unstructured(layer, "in_proj_weight", 0.5)
+    found = []
+    for backend in DOUBLE:
+        torch.manual_seed(0)
+        x = leaf(2, 5, 8)
+        for _ in range(2):  # a second step has a graph of its own
+            with tap.recording():
+                output = layer(x, x.clone(), x)[0]
+            terms = attention_terms(tap.attention(), torch.ones(2, 5).tril(1), backend=backend)
+            found.append(torch.autograd.grad(terms.rac.sum() + output.square().sum(), x)[0])
+    for gradient in found[1:]:
+        torch.testing.assert_close(gradient, found[0], rtol=1e-11, atol=1e-13)
+
+
+def test_function_transforms_of_a_tapped_model_that_is_not_recording() -> None:
+    layer = nn.MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64)
+    x = torch.randn(3, 1, 5, 8, dtype=torch.float64)
+
+    def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, parameters, (sample, sample, sample))[0].square().sum()
+
+    by_sample = torch.vmap(torch.func.grad(loss), (None, 0))
+    before = by_sample(dict(layer.named_parameters()), x)
+    AttentionTap([layer])
+    after = by_sample(dict(layer.named_parameters()), x)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_layer_may_be_tried_again_inside_one_recording() -> None:
+    layer = nn.MultiheadAttention(8, 2, batch_first=True)
+    tap = AttentionTap([layer])
+    x = torch.randn(2, 5, 8, requires_grad=True)
+    with tap.recording():
+        with pytest.raises(AssertionError):  # the layer's own complaint
+            layer(x, x[..., :4], x)
+        layer(x, x, x)
+    assert torch.equal(tap.attention().key[0], x)
 
 
 def test_inputs_without_gradient_get_no_offset() -> None:
