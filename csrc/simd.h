@@ -237,26 +237,7 @@ inline void store_first(K* p, Vec<A> v, int64_t count) {
 
 // Reductions.
 
-template <typename A, int kLanes>
-inline double sum_lanes(Lanes<A, kLanes> v) {
-    if constexpr (kLanes <= 4) {
-        double total = 0;
-        for (int i = 0; i < kLanes; ++i) total += static_cast<double>(v[i]);
-        return total;
-    } else {
-        Lanes<A, kLanes / 2> half[2];
-        std::memcpy(half, &v, sizeof(v));
-        return sum_lanes<A, kLanes / 2>(half[0] + half[1]);
-    }
-}
-
-/// The sum of all lanes; its last additions, of the largest numbers, in double.
-template <typename A>
-inline double sum_in_double(Vec<A> v) {
-    return sum_lanes<A, kWidth<A>>(v);
-}
-
-/// The last four lanes of `sum_in_double`, before they are added up.
+/// Sums of every fourth lane.
 template <typename A, int kLanes>
 inline Lanes<A, 4> four_sums(Lanes<A, kLanes> v) {
     if constexpr (kLanes <= 4) {
@@ -268,6 +249,15 @@ inline Lanes<A, 4> four_sums(Lanes<A, kLanes> v) {
         std::memcpy(half, &v, sizeof(v));
         return four_sums<A, kLanes / 2>(half[0] + half[1]);
     }
+}
+
+/// The sum of all lanes; its last additions, of the largest numbers, in double.
+template <typename A>
+inline double sum_in_double(Vec<A> v) {
+    const Lanes<A, 4> four = four_sums<A, kWidth<A>>(v);
+    double total = 0;
+    for (int i = 0; i < 4; ++i) total += static_cast<double>(four[i]);
+    return total;
 }
 
 /// `sum_in_double` of four vectors at once, with the same bits.
