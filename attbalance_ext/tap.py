@@ -50,6 +50,9 @@ class AttentionTap:
     The hooks stay on the modules until :meth:`remove`. Deep copies and pickles of the model carry inert ones, and a
     copy of the tap itself counts as removed: tap the copy anew. The layers' ``key_padding_mask`` becomes the
     recording's ``padding``; an ``attn_mask`` is not read.
+    While it records, a layer is given a view of its key in the key's place (where the key requires grad): nobody may
+    write to it in place, and PyTorch says so. Through that view the gradient of the keys comes back, not through the
+    recording's own ``key``, which gets none from `attention_terms`.
     Not valid for hosts with rotary embeddings inside attention: there, build :class:`QueryAttention` from q and k.
 
     `torch.compile`: tap a model before its first compiled call, since compiled code does not notice hooks that come
@@ -154,6 +157,7 @@ class AttentionTap:
         self._attached = False
         self._handles = []
         self._records = [None] * len(self._records)
+        self._interposed = [None] * len(self._records)
 
     def __getstate__(self) -> dict[str, Any]:
         """The state of copies and pickles. The hooks in a copy of the model belong to such a copy of the tap."""

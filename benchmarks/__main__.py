@@ -112,6 +112,7 @@ def run(
     with console.status("measuring the bandwidth of a copy") as status:
         clock: Clock = CudaClock(cold=not warm) if device == "cuda" else CpuClock(cold=not warm)
         bandwidth = copy_bandwidth(clock, where)
+        wrong = False
         for number, case in enumerate(chosen, 1):
             title = f"case {number} of {len(chosen)}, {', '.join(f'{k}={v}' for k, v in case.describe().items())}"
             try:
@@ -132,6 +133,9 @@ def run(
                 raise typer.BadParameter(str(reason)) from None
             append(rows, output)
             print_tables([rows], console)
+            wrong |= any(row.status.startswith("failed") for row in rows)
+    if wrong:
+        raise typer.Exit(1)  # somebody's results were wrong; the tables say whose
 
 
 @app.command()

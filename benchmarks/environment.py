@@ -16,6 +16,9 @@ from benchmarks.timing import Clock
 ROOT = Path(__file__).resolve().parent.parent
 
 
+_LOAD = round(os.getloadavg()[0], 2)  # as this process starts: later it counts itself
+
+
 def environment(device: torch.device, clock: Clock, allocator: str) -> dict[str, Any]:
     commit, modified = _commit()
     return {
@@ -27,7 +30,7 @@ def environment(device: torch.device, clock: Clock, allocator: str) -> dict[str,
         "cache": clock.cache,
         "washed": clock.washed,
         "allocator": allocator,
-        "load": round(os.getloadavg()[0], 2),
+        "load": _LOAD,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,

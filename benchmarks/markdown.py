@@ -40,8 +40,10 @@ def _shared(cases: Sequence[Mapping[str, object]]) -> dict[str, object]:
 
 
 def _cell(row: Row | None, plain: Row | None) -> str:
-    if row is None or row.timing is None:
+    if row is None:
         return ""
+    if row.timing is None:
+        return row.status.split(":")[0]
     text = number(row.timing.median)
     if plain is not None and plain.timing is not None and row is not plain:
         text += f" ({over(row, row.timing, plain.timing).strip('()')})"

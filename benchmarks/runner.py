@@ -146,7 +146,7 @@ def _admit(provider: Provider, inputs: Any, truth: Any, tolerance: float) -> _En
         results: Results = task.results()
     except (BackendUnavailable, ModuleNotFoundError) as reason:
         return _Entrant(provider, None, f"unavailable: {reason}")
-    verdict = gate.check(results, truth[provider.objective], tolerance)
+    verdict = gate.check(results, truth[provider.objective], provider.slack * tolerance)
     if not verdict.passed:
         return _Entrant(provider, None, f"failed: {verdict}", verdict.error)
     return _Entrant(provider, task, "ok", verdict.error)

@@ -137,10 +137,6 @@ def number(value: float) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
-def _percent(part: int | None, whole: int) -> str:
-    return "-" if part is None else f"{100 * part / whole:.1f}"
-
-
 def _megabytes(size: int | None) -> str:
     return "-" if size is None else f"{size / 1e6:.2f}" if size < 100e6 else f"{size / 1e6:.0f}"
 

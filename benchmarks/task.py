@@ -38,8 +38,9 @@ class Provider:
 
     task: None where a case has no part for it; raises ``attbalance_ext.BackendUnavailable`` where it cannot run, or
     ``ModuleNotFoundError`` where it needs a package that is not installed.
-    objective: which of the suite's truths it is held to. part: it does a part of the work alone, so that the others'
-    time is no measure for its own.
+    objective: which of the suite's truths it is held to. slack: a factor on the suite's tolerance, for a way that
+    rounds more coarsely than it need. part: it does a part of the work alone, so that the others' time is no measure
+    for its own.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Provider:
     objective: str = ""
     devices: Sequence[str] = ("cpu", "cuda")
     part: bool = False
+    slack: float = 1
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ PROVIDERS: dict[str, tuple[Provider, ...]] = {
         Provider("eager", _EAGER, ours.op("reference")),
         Provider("compile", _COMPILE, compiled.op("default")),
         Provider("compile-max-autotune", _AUTOTUNE, compiled.op("max-autotune")),
-        Provider("today", "as done today (projection redone, weights and masks materialised)", today.op),
+        Provider("today", "as done today (projection redone, weights and masks materialised)", today.op, slack=3),
         Provider("liger", "PyTorch, with Liger-Kernel's KL divergence for MRC", liger.op, devices=_CUDA),
         Provider("ours-cpu", _ours("cpu"), ours.op("cpu"), devices=_CPU),
         Provider("ours-triton", _ours("triton"), ours.op("triton"), devices=_CUDA),
@@ -39,6 +39,7 @@ PROVIDERS: dict[str, tuple[Provider, ...]] = {
     "tap": (
         Provider("plain", "the stack without attention terms", tap.plain, objective="plain"),
         Provider("today", "as done today (attention materialised, projections redone)", tap.today, objective="terms"),
+        Provider("today-fused", "the same, the host's attention left fused", tap.today_fused, objective="terms"),
         Provider(
             "today-rewritten",
             "attention rewritten to hand out its scores (materialised, nothing done twice)",
@@ -53,6 +54,7 @@ PROVIDERS: dict[str, tuple[Provider, ...]] = {
     "step": (
         Provider("plain", "without AttBalance", step.plain, objective="plain"),
         Provider("today", "AttBalance as done today", step.today, objective="complete"),
+        Provider("today-fused", "the same, attention left fused", step.today_fused, objective="complete"),
         Provider(
             "today-without-teacher", "as done today, RAC alone", step.today_without_teacher, objective="without teacher"
         ),

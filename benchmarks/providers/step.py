@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from attbalance_ext import AttBalanceLoss, AttentionTap, QueryAttention, attention_map, attention_terms
-from benchmarks.suites.step import StepInputs, gradient_norm
+from benchmarks.suites.step import StepInputs, loss_and_gradient
 from benchmarks.task import Results, Task
 from benchmarks.today import terms as today_terms
-from benchmarks.today.host import MaterialisedHost
+from benchmarks.today.host import TodaysHost
 from benchmarks.today.masks import paint
 from benchmarks.today.objective import objective
 from benchmarks.watch import Nobody, W
@@ -54,14 +54,22 @@ def _ours(inputs: StepInputs, *, teacher: bool) -> Callable[[AttentionTap], Tens
     return loss
 
 
-def today(inputs: StepInputs) -> Task:
+def _todays_update(inputs: StepInputs) -> Callable[[], None]:
     def update() -> None:
         momentum = inputs.settings.momentum
         with torch.no_grad():
             for average, value in zip(inputs.teacher.module.parameters(), inputs.model.parameters(), strict=True):
                 average.mul_(momentum).add_(value, alpha=1 - momentum)
 
-    return _task(inputs, lambda: _Pair(inputs, teacher=True), _today(inputs), update)
+    return update
+
+
+def today(inputs: StepInputs) -> Task:
+    return _task(inputs, lambda: _Pair(inputs), _today(inputs), _todays_update(inputs))
+
+
+def today_fused(inputs: StepInputs) -> Task:
+    return _task(inputs, lambda: _Pair(inputs, materialise=False), _today(inputs), _todays_update(inputs))
 
 
 def today_without_teacher(inputs: StepInputs) -> Task:
@@ -69,12 +77,15 @@ def today_without_teacher(inputs: StepInputs) -> Task:
 
 
 class _Pair:
-    """Student and teacher, both with their supervised layers' attention materialised."""
+    """Student and teacher, both read today's way in their supervised layers."""
 
-    def __init__(self, inputs: StepInputs, *, teacher: bool) -> None:
-        visual = slice(-sum(rows * columns for rows, columns in inputs.model.grids), None)
-        self.student = MaterialisedHost(_supervised(inputs.model), visual)
-        self.teacher = MaterialisedHost(_supervised(inputs.teacher.module), visual) if teacher else None
+    def __init__(self, inputs: StepInputs, *, teacher: bool = True, materialise: bool = True) -> None:
+        def host(model: nn.Module) -> TodaysHost:
+            visual = slice(-sum(rows * columns for rows, columns in inputs.model.grids), None)
+            return TodaysHost(_supervised(model), visual, materialise=materialise)
+
+        self.student = host(inputs.model)
+        self.teacher = host(inputs.teacher.module) if teacher else None
 
     def remove(self) -> None:
         self.student.remove()
@@ -175,9 +186,9 @@ def _task(
         inputs.model.eval()
         watcher = inputs.watch.by(make)
         if update is None:
-            return gradient_norm(inputs, loss(watcher))
+            return loss_and_gradient(inputs, loss(watcher))
         with inputs.restored_teacher():
-            return {**_moved(inputs, update), **gradient_norm(inputs, loss(watcher))}
+            return {**_moved(inputs, update), **loss_and_gradient(inputs, loss(watcher))}
 
     return Task(results, {"step": prepare})
 

@@ -14,7 +14,7 @@ from benchmarks.suites.stack import FusionLayer
 from benchmarks.suites.tap import TapInputs
 from benchmarks.task import Results, Task
 from benchmarks.today import terms as today_terms
-from benchmarks.today.host import MaterialisedHost
+from benchmarks.today.host import TodaysHost
 from benchmarks.today.masks import paint
 from benchmarks.watch import Nobody, W
 
@@ -45,21 +45,31 @@ def ours(backend: str) -> Callable[[TapInputs], Task]:
 
 def today(inputs: TapInputs) -> Task:
     """The layers asked for weights, so without fused attention, and the projections done again."""
-    visual = inputs.visual
+    return _projected_again(inputs, materialise=True)
 
-    def forward(host: MaterialisedHost) -> Sequence[Tensor]:
+
+def today_fused(inputs: TapInputs) -> Task:
+    """The host's attention left fused, and the projections done again."""
+    return _projected_again(inputs, materialise=False)
+
+
+def _projected_again(inputs: TapInputs, *, materialise: bool) -> Task:
+    def host() -> TodaysHost:
+        return TodaysHost(inputs.stack.attention_layers(), inputs.visual, materialise=materialise)
+
+    def forward(host: TodaysHost) -> Sequence[Tensor]:
         with inputs.autocast():
             output = inputs.stack(inputs.tokens, inputs.positions, inputs.padding)
             scores = host.scores()
         return [output, *_terms(inputs, scores)]
 
-    return _task(inputs, lambda: MaterialisedHost(inputs.stack.attention_layers(), visual), forward, inputs.gradients)
+    return _task(inputs, host, forward, inputs.gradients)
 
 
 def today_rewritten(inputs: TapInputs) -> Task:
     """The layers' attention written out anew, so that the scores of the object query can be taken from it.
 
-    The most that can be had without a tap: nothing is projected twice.
+    Nothing is projected twice, but all attention is materialised.
     """
 
     def forward(nobody: Nobody) -> Sequence[Tensor]:

@@ -16,8 +16,7 @@ from benchmarks.scenes import RULE, Grids, draw_boxes, grids_of
 from benchmarks.task import MODES, Bytes, Results
 
 HEADS = 8
-# In half precision as wide as today's way needs, whose scores are in the keys' dtype; the library is far within.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
 @dataclass(frozen=True)

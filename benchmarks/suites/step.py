@@ -23,7 +23,7 @@ from benchmarks.scenes import RULE, draw_boxes, draw_pixel_padding, draw_word_pa
 from benchmarks.task import Results
 from benchmarks.watch import Watch
 
-_TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2}
+_TOLERANCE = {"fp32": 2e-4, "bf16": 3e-2}
 
 
 @dataclass(frozen=True)
@@ -171,11 +171,20 @@ def _flat(parameters: Sequence[Tensor]) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in parameters])
 
 
-def gradient_norm(inputs: StepInputs, loss: Tensor) -> Results:
-    """The loss, and the norm of all its gradients: a term without a gradient would not show in the loss."""
+def loss_and_gradient(inputs: StepInputs, loss: Tensor) -> Results:
+    """The loss, the norm of all its gradients, and the fusion's gradient itself.
+
+    A term without a gradient does not show in the loss, and hardly in a norm. (Not in bf16, whose own noise in a
+    gradient is larger than many a term.)
+    """
     found = torch.autograd.grad(loss, inputs.parameters, allow_unused=True)
     norms = [gradient.norm() for gradient in found if gradient is not None]
-    return {"loss": loss.detach(), "gradient norm": torch.stack(norms).norm()}
+    results = {"loss": loss.detach(), "gradient norm": torch.stack(norms).norm()}
+    if inputs.case.precision == "fp32":
+        fusion = {id(parameter) for parameter in inputs.model.parts()["fusion"]}
+        pairs = zip(inputs.parameters, found, strict=True)
+        results["fusion's gradient"] = _flat([g for p, g in pairs if id(p) in fusion and g is not None])
+    return results
 
 
 @torch.no_grad()
@@ -199,11 +208,11 @@ def _loss_and_gradient(inputs: StepInputs, teacher: QueryAttention | None) -> Re
     terms = attention_terms(tap.attention(), inputs.region, teacher=teacher, backend="reference")
     criterion = AttBalanceLoss(inputs.settings.loss, backend="reference")
     loss = criterion(terms, boxes.float(), inputs.boxes, box_ratio=inputs.box_ratio).loss
-    return gradient_norm(inputs, loss)
+    return loss_and_gradient(inputs, loss)
 
 
 def _plain_loss_and_gradient(inputs: StepInputs) -> Results:
     with inputs.autocast():
         boxes = inputs.model(*inputs.batch)
     criterion = AttBalanceLoss(inputs.settings.loss, backend="reference")
-    return gradient_norm(inputs, criterion(None, boxes.float(), inputs.boxes).loss)
+    return loss_and_gradient(inputs, criterion(None, boxes.float(), inputs.boxes).loss)

@@ -21,7 +21,7 @@ from benchmarks.differentiable import run
 from benchmarks.scenes import RULE, Grids, draw_boxes, draw_pixel_padding, draw_word_padding, grids_of, token_padding
 from benchmarks.suites.stack import FusionStack
 from benchmarks.task import Results
-from benchmarks.today.host import Heads, MaterialisedHost
+from benchmarks.today.host import Heads, TodaysHost
 from benchmarks.watch import Watch
 
 # Six layers of bfloat16 leave gradients a tenth and more from the float64 ones, without any attention terms.
@@ -211,7 +211,7 @@ def _recorded_teacher(inputs: TapInputs) -> Teacher:
         parameter.add_(0.05 * parameter.std() * noise)
     layers = stack.attention_layers()
     tap = AttentionTap(layers, query=0, visual=inputs.visual)
-    host = MaterialisedHost(layers, inputs.visual)
+    host = TodaysHost(layers, inputs.visual, materialise=False)
     with tap.recording():
         stack(inputs.tokens, inputs.positions, inputs.padding)
     return Teacher(tap.attention(), host.heads())

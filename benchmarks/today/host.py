@@ -1,4 +1,4 @@
-"""A host that is asked for its attention the usual way: weights of every head, and the projections done again."""
+"""A host whose attention is read without a tap: its layers' inputs are kept, and the projections done again."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ class Heads(NamedTuple):
     key: Tensor
 
 
-class MaterialisedHost:
-    """Hooks that make a host's sequence-first attention layers materialise their weights, and keep their inputs.
+class TodaysHost:
+    """Hooks that keep the inputs of a host's sequence-first attention layers, and may make them materialise weights.
 
-    The weights the layers then hand out are after the softmax and over all tokens, text included; the supervised map
-    is neither, so query and key are projected again, for the object query and the visual tokens alone.
+    Weights that the layers hand out are after the softmax and over all tokens, text included. The supervised map
+    is neither, so query and key are projected again, for the object query and the visual tokens alone, and nobody
+    reads the weights. Asking for them all the same is how it is done; without ``materialise`` attention stays fused.
     """
 
-    def __init__(self, layers: Sequence[nn.MultiheadAttention], visual: slice) -> None:
-        self._visual = visual
+    def __init__(self, layers: Sequence[nn.MultiheadAttention], visual: slice, *, materialise: bool = True) -> None:
+        self._visual, self._materialise = visual, materialise
         self._seen: list[tuple[nn.MultiheadAttention, Tensor, Tensor]] = []
         self.padding: Tensor | None = None
         """(B, N) of the last call's visual tokens."""
@@ -38,6 +39,8 @@ class MaterialisedHost:
         self._seen.append((layer, args[0], args[1]))
         mask = kwargs.get("key_padding_mask")
         self.padding = None if mask is None else mask[:, self._visual]
+        if not self._materialise:
+            return args, kwargs
         # Averaging the weights over the heads, PyTorch's default, would be work that nobody needs here.
         return args, {**kwargs, "need_weights": True, "average_attn_weights": False}
 

@@ -70,7 +70,9 @@ def test_table_of_a_step() -> None:
 def test_markdown_of_a_step() -> None:
     text = markdown_tables([ROWS, [replace(r, case={"model": "b-model", "B": 2}) for r in ROWS[:1]]])
     assert "|  | plain | today | **ours** | teacher-update | broken |" in text
-    line = "| model=a-model | 100, 1000 MB | 150 (+50.0 %), 2000 MB | **110 (+10.0 %), 1100 MB** | 5.00 (5.0 %) |  |"
+    line = (
+        "| model=a-model | 100, 1000 MB | 150 (+50.0 %), 2000 MB | **110 (+10.0 %), 1100 MB** | 5.00 (5.0 %) | failed |"
+    )
     assert line in text
     assert "| model=b-model | 100, 1000 MB |  |  |  |  |" in text
     assert text.endswith("B=2")
@@ -79,7 +81,10 @@ def test_markdown_of_a_step() -> None:
 @pytest.mark.parametrize("form", ["svg", "png"])
 def test_plot_of_a_step(form: str, tmp_path: Path) -> None:
     plot([ROWS], tmp_path / f"picture.{form}")
-    assert (tmp_path / f"picture.{form}").stat().st_size > 1000
+    picture = (tmp_path / f"picture.{form}").read_bytes()
+    assert picture.startswith(b"\x89PNG" if form == "png" else b"<?xml")
+    if form == "svg":  # whose text is text
+        assert all(name in picture for name in (b">teacher-update<", b">110<", b"model=a-model"))
 
 
 def test_share_of_the_copy_bandwidth() -> None:

@@ -20,6 +20,8 @@ class FoldedConvolution(nn.Module):
 
     def __init__(self, layer: ResNetConvLayer | ResNetShortCut) -> None:
         super().__init__()
+        if isinstance(layer.normalization, nn.BatchNorm2d):
+            raise TypeError("a batch norm that is not frozen cannot be folded")
         self.convolution: nn.Conv2d = layer.convolution
         self.normalization = layer.normalization
         self.activation: nn.Module = getattr(layer, "activation", nn.Identity())  # a short cut has none
