@@ -25,7 +25,7 @@ class Row:
     title: str
     mode: str
     status: str  # "ok", "failed: ..." (the gate's verdict) or "unavailable: ..."
-    error: float | None  # worst relative error against fp64
+    error: float | None  # worst relative error against the suite's truth
     timing: Timing | None
     floor: float | None  # ms of moving `bytes`: on a CPU the median in the same run, on a GPU at its copy bandwidth
     bytes: int | None  # what has to be moved; None in suites that are bound by arithmetic
