@@ -246,8 +246,8 @@ void forward(const Attention<A>& attention, int64_t begin, int64_t end, const A*
             const A m = weight[token];
             scores[token] = score[i];
             chunk->poison += score[i] * 0;
-            weights[kIn].of[i] = m > 0 ? m : 0;  // a weight that is not a number enters neither
-            weights[kOut].of[i] = m < 1 ? 1 - m : 0;
+            weights[kIn].of[i] = m;
+            weights[kOut].of[i] = 1 - m;
             if (teacher_scores) {
                 weights[kTeacher].of[i] = 1;
                 teacher_score[i] = teacher_scores[token];

@@ -81,7 +81,7 @@ struct RowKernels {
     double (*scores[kDtypes])(const Attention<A>& attention, int64_t begin, int64_t end, double* scores);
 
     /// The same scores, and the softmax sums and key sums of the chunk: reads each key from memory once.
-    /// weight: (N,) m. teacher_scores: (N,) or null. The chunk's sums start from nothing.
+    /// weight: (N,) m, in [0, 1]. teacher_scores: (N,) or null. The chunk's sums start from nothing.
     void (*forward[kDtypes])(const Attention<A>& attention, int64_t begin, int64_t end, const A* weight,
                              const double* teacher_scores, double* scores, Chunk<A>* chunk);
 

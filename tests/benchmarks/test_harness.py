@@ -241,6 +241,17 @@ def test_table_shows_no_speedup_for_a_failed_provider(tmp_path: Path) -> None:
     assert line.split()[1:] == [*["-"] * (len(line.split()) - 2), "failed"]
 
 
+def test_a_wrong_provider_is_an_exit_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script that runs the benchmarks must not take a rejected backend for a measured one; its rows are kept."""
+    monkeypatch.setitem(PROVIDERS, "op", (OP["eager"], broken("gradient")))
+    results = tmp_path / "results.jsonl"
+    small = ["--batch", "2", "--layers", "1", "--tokens", "9", "--width", "16", "--rounds", "1", "--warm", "--teacher"]
+    done = CliRunner().invoke(app, ["run", *small, "--allocator", "system", "--output", str(results)])
+    assert isinstance(done.exception, SystemExit), done.output  # and no crash
+    assert done.exit_code == 1
+    assert {row.provider for row in load(results) if row.status.startswith("failed")} == {"broken"}
+
+
 def test_command_line(tmp_path: Path) -> None:
     results, picture = tmp_path / "results.jsonl", tmp_path / "plot.svg"
     shapes = ["--batch", "2", "--layers", "1", "--tokens", "16", "--tokens", "9", "--width", "16", "--rounds", "2"]

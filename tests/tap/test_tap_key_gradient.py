@@ -116,6 +116,21 @@ def test_no_key_gradient_is_written_out(backend: str) -> None:
     assert calls.need_key == [False] * 3
 
 
+@pytest.mark.parametrize("call", ["positions", "keywords", "mixed"])
+def test_nor_is_it_however_the_layer_is_called(call: str) -> None:
+    layer = nn.MultiheadAttention(8, 2, batch_first=True)
+    tap = AttentionTap([layer])
+    x = torch.randn(2, 5, 8, requires_grad=True)
+    with tap.recording():
+        if call == "positions":
+            layer(x, x, x)
+        elif call == "keywords":
+            layer(query=x, key=x, value=x)
+        else:
+            layer(x, key=x, value=x)
+    assert tap.attention().offset != (None,)
+
+
 @pytest.mark.parametrize("backend", DOUBLE)
 def test_equals_the_keys_own_gradient(backend: str) -> None:
     """Without the offsets the same recording differentiates its keys."""
