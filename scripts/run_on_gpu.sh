@@ -86,6 +86,7 @@ raise SystemExit("; ".join(available_backends()["cuda"]) or not print_report())'
 if has_module pytest && has_module hypothesis && has_module scipy; then
   options="-p no:cacheprovider"
   has_module pytest_timeout || options="$options -W ignore::pytest.PytestConfigWarning"
+  has_module xdist && options="$options -n 4"  # compiling, Triton's above all, is the host's work
   step "tests on the GPU" 150 "$python" -m pytest $options -m gpu -k "not triton" -q \
     --junitxml "$output/gpu-tests.xml" tests/gpu
   if has_module triton; then
@@ -115,7 +116,7 @@ fi
 if command -v ncu >/dev/null; then
   # B=64: a block has a row for itself. B=1: several share it, and `finish_rows` merges.
   for options in "--batch 64" "--batch 1 --first"; do
-    step "profile of each kernel, $options" 60 ncu --set full --log-file "$output/ncu$(echo "$options" | tr -d ' ').txt" \
+    step "profile of each kernel, $options" 60 ncu --set full --clock-control none --log-file "$output/ncu$(echo "$options" | tr -d ' ').txt" \
       --kernel-name 'regex:forward_|finish_|backward_|balanced_loss' "$python" -m scripts.gpu_step $options
   done
 else
