@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import ROOT
+from attbalance_ext.grounding.provenance import ROOT
 from benchmarks.timing import Timing
 
 RESULTS = ROOT / "benchmarks" / "results" / "results.jsonl"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pickle
@@ -65,6 +66,23 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], object], *, durable: b
         os.replace(temporary, path)
     if durable:
         _sync_directory(path.parent)
+
+
+@contextmanager
+def exclusive(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Be the only process inside for ``path``, which need not exist; gives True.
+
+    ``wait``: until the others are out. Otherwise, where another is inside, the block runs all the same and is told
+    False. A process that dies leaves, whatever it died of.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.name}.lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def remove_unfinished(path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.progress import Progress
@@ -17,8 +17,10 @@ class Interrupted(Exception):
     """Training was stopped by Ctrl-C (or SIGTERM) after every trainer had saved its checkpoint."""
 
 
-def fit(trainers: Mapping[str, Trainer]) -> None:
+def fit(trainers: Mapping[str, Trainer], *, show: bool = True, after_step: Callable[[], object] | None = None) -> None:
     """Train until every trainer is finished; several take turns, one step each, first one then the other first.
+
+    ``show``: a progress bar for each. ``after_step``: called after every turn.
 
     Taking turns makes their times comparable: whatever else the machine does meets all of them alike. Ctrl-C lets
     the current step end, saves a checkpoint for each trainer and raises :class:`Interrupted`; a second Ctrl-C stops
@@ -26,14 +28,16 @@ def fit(trainers: Mapping[str, Trainer]) -> None:
     """
     try:
         main = all(trainer.ranks.main for trainer in trainers.values())
-        with progress_bars(show=main) as progress, _stop_requested() as stop:
-            _take_turns(trainers, progress, stop)
+        with progress_bars(show=show and main) as progress, stop_requested() as stop:
+            _take_turns(trainers, progress, stop, after_step or (lambda: None))
     finally:
         for trainer in trainers.values():
             trainer.log.close()
 
 
-def _take_turns(trainers: Mapping[str, Trainer], progress: Progress, stop: threading.Event) -> None:
+def _take_turns(
+    trainers: Mapping[str, Trainer], progress: Progress, stop: threading.Event, after_step: Callable[[], object]
+) -> None:
     bars = {
         name: progress.add_task(name, total=trainer.settings.steps, completed=trainer.step, note=_note(trainer))
         for name, trainer in trainers.items()
@@ -45,6 +49,7 @@ def _take_turns(trainers: Mapping[str, Trainer], progress: Progress, stop: threa
                 trainer.advance()
                 progress.update(bars[name], completed=trainer.step, note=_note(trainer))
         turn.reverse()
+        after_step()
         # All processes of a run stop after the same step, whoever was asked to.
         if any(trainer.ranks.any(stop.is_set()) for trainer in trainers.values()):
             for trainer in trainers.values():
@@ -60,7 +65,7 @@ def _note(trainer: Trainer) -> str:
 
 
 @contextmanager
-def _stop_requested() -> Iterator[threading.Event]:
+def stop_requested() -> Iterator[threading.Event]:
     """An event set by SIGINT or SIGTERM. A second Ctrl-C acts as usual; a second SIGTERM asks for the same again, for
     a scheduler and torchrun each send one."""
     stop = threading.Event()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from attbalance_ext import AttBalanceConfig, AttBalanceLoss, BoxRegion
 from attbalance_ext.grounding.data import VALUES, GroundingDataset, Objects
 from attbalance_ext.grounding.errors import UserError
-from attbalance_ext.grounding.files import load_checkpoint, save_checkpoint
+from attbalance_ext.grounding.files import exclusive, load_checkpoint, save_checkpoint
 from attbalance_ext.grounding.models.vision import ConvEncoder
 from attbalance_ext.grounding.order import DataOrder
 from attbalance_ext.grounding.progress import progress_bars
@@ -34,11 +34,12 @@ def load_pretrained(
     A file that is damaged or of another version is made again.
     """
     path = folder / f"{_fingerprint(encoder, dataset, steps)}.pt"
-    try:
-        encoder.load_state_dict(load_checkpoint(path)["encoder"])
-    except (UserError, KeyError, RuntimeError):
-        pretrain(encoder, dataset, steps, device)
-        save_checkpoint(path, {"encoder": encoder.state_dict()})
+    with exclusive(path):  # of several processes one trains, and the others read
+        try:
+            encoder.load_state_dict(load_checkpoint(path)["encoder"])
+        except (UserError, KeyError, RuntimeError):
+            pretrain(encoder, dataset, steps, device)
+            save_checkpoint(path, {"encoder": encoder.state_dict()})
 
 
 def pretrain(encoder: ConvEncoder, dataset: GroundingDataset, steps: int, device: torch.device) -> None:

@@ -36,6 +36,8 @@ class Settings:
     """Folder or hub id of a Hugging Face tokenizer; None: the words of the training sentences."""
     size: int = 64
     """Side of the square canvas in pixels."""
+    train_share: float = 1.0
+    """Train on this part of the training pictures. A tiny model's image encoder is pre-trained on all of them."""
     augment: bool = False
     """Random resize, crop, colours and flips, as TransVG trains."""
     flip: bool = True
@@ -106,6 +108,8 @@ class Settings:
         _require_at_least(0, "workers", self.workers)
         if self.clip is not None and not self.clip > 0.0:
             raise UserError(f"clip must be above 0, got {self.clip}")
+        if not 0.0 < self.train_share <= 1.0:
+            raise UserError(f"train_share must lie in (0, 1], got {self.train_share}")
         for name in ("terms_fraction", "drop_fraction", "frozen_fraction"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise UserError(f"{name} must lie in [0, 1], got {getattr(self, name)}")

@@ -30,6 +30,8 @@ def open_pictures(settings: Settings, split: str, *, cache: Path | None = None) 
         pictures = load_dataset(settings.data, split, cache=cache, size=size)
     else:
         pictures = open_dataset(settings.data, split, root=Path(settings.data_root), wrong_boxes=settings.wrong_boxes)
+    if split == "train" and settings.train_share < 1.0:
+        pictures = pictures.part(settings.train_share)
     if not len(pictures):
         raise UserError(f"{settings.data} {split} has no sentences")
     return pictures

@@ -121,6 +121,9 @@ def train(
     size: Annotated[
         int, typer.Option(help="Side of the square canvas in pixels.", rich_help_panel=_DATA)
     ] = DEFAULT.size,
+    train_share: Annotated[
+        float, typer.Option(help="Part of the training pictures to train on.", rich_help_panel=_DATA)
+    ] = DEFAULT.train_share,
     augment: Annotated[
         bool, typer.Option("--augment/--no-augment", help="Random resize, crop, colours, flip.", rich_help_panel=_DATA)
     ] = DEFAULT.augment,

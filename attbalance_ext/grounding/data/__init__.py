@@ -8,12 +8,13 @@ from .cards import card
 from .dataset import GroundingDataset, Objects, Sample, load_dataset
 from .files import FileDataset, open_dataset
 from .formats import FORMATS, export
-from .names import SPLITS, BuiltinName, UnknownData
+from .names import FRESH_SPLITS, SPLITS, BuiltinName, UnknownData
 from .protocol import Pictures
 from .vocabulary import Vocabulary
 
 __all__ = [
     "FORMATS",
+    "FRESH_SPLITS",
     "SPLITS",
     "VALUES",
     "Annotation",

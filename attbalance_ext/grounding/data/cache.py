@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import replace_file
+from ..files import exclusive, replace_file
 from .generate import Arrays
 
 _log = logging.getLogger(__name__)
@@ -23,14 +23,15 @@ def cache_directory(cache: Path | None = None) -> Path:
 
 def load_or_create(path: Path, create: Callable[[], Arrays]) -> Arrays:
     """Read the arrays at ``path``; where there are none, or they are damaged, create and store them."""
-    if path.exists():
-        try:
-            return _read(path)
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-            _log.warning("%s is damaged (%s): generating it again", path, error or type(error).__name__)
-    arrays = create()
-    replace_file(path, lambda file: np.savez(file, allow_pickle=False, **arrays), durable=False)
-    return arrays
+    with exclusive(path):  # of several processes one creates, and the others read
+        if path.exists():
+            try:
+                return _read(path)
+            except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+                _log.warning("%s is damaged (%s): generating it again", path, error or type(error).__name__)
+        arrays = create()
+        replace_file(path, lambda file: np.savez(file, allow_pickle=False, **arrays), durable=False)
+        return arrays
 
 
 def _read(path: Path) -> Arrays:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,6 +90,17 @@ class GroundingDataset:
         """The scene: sentences about one picture share it."""
         return int(self.scene_index[index])
 
+    def part(self, share: float) -> GroundingDataset:
+        """A ``share`` of the scenes, at least one: the first, so that larger parts hold smaller ones."""
+        scenes = max(round(share * len(self.images)), 1)
+        sentences = int((self.scene_index < scenes).sum())  # they come scene by scene
+        part = copy(self)
+        for name in ("images", "_object_boxes", "_object_labels"):
+            setattr(part, name, getattr(self, name)[:scenes])
+        for name in ("scene_index", "boxes", "box_ratio", "sentences"):
+            setattr(part, name, getattr(self, name)[:sentences])
+        return part
+
     @property
     def objects(self) -> Objects:
         """Boxes and attributes of every object, to pre-train a visual stem without language.
@@ -111,7 +123,8 @@ def load_dataset(
         name: "builtin:refcoco", "builtin:refcoco+", "builtin:refcocog" or "builtin:referit", each also with
             "-hard": more objects, most of them one attribute away from another.
         split: "train", "val", "test", or "test_novel": every target there has a combination of shape, colour,
-            size and texture that no object of the other splits has.
+            size and texture that no object of the first three has. "fresh" and "fresh_novel" are two more of the last
+            two kinds, for studies.
         cache: the directory for generated data; default ``$ATTBALANCE_CACHE`` or ``~/.cache/attbalance_ext``.
         size: side of the images in pixels, 64 or 128. Scenes and sentences are the same in both.
         progress: show a progress bar while generating.

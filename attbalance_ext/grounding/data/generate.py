@@ -17,9 +17,9 @@ from .phrase import say
 from .render import render
 from .scene import CANVAS, HARD, STANDARD, Scene, sample_scene
 
-SEEDS = {"train": 20_011, "val": 20_021, "test": 77_003, "test_novel": 77_017}
+SEEDS = {"train": 20_011, "val": 20_021, "test": 77_003, "test_novel": 77_017, "fresh": 91_009, "fresh_novel": 91_033}
 """One seed per split. The scenes, grammar and trainer were designed by looking at train and val only."""
-SCENES = {"train": 8000, "val": 1000, "test": 1200, "test_novel": 900}
+SCENES = {"train": 8000, "val": 1000, "test": 1200, "test_novel": 900, "fresh": 2000, "fresh_novel": 1500}
 SENTENCES_PER_SCENE = 3
 ATTEMPTS = 6
 """How often a description of one object is attempted before another object is taken."""
@@ -41,7 +41,7 @@ def scene_and_references(name: BuiltinName, split: str, index: int) -> tuple[Sce
     flavour = FLAVOURS[name.flavour]
     seed = [SEEDS[split], list(FLAVOURS).index(name.flavour), int(name.hard), index]
     rng = np.random.default_rng(seed)
-    novel = split == "test_novel"
+    novel = split.endswith("_novel")
     scene = sample_scene(rng, HARD if name.hard else STANDARD, novel)
     targets = [int(i) for i in rng.permutation(len(scene.objects))]
     if novel:

@@ -9,6 +9,9 @@ from attbalance_ext.grounding.errors import UserError
 from .grammar import FLAVOURS
 
 SPLITS = ("train", "val", "test", "test_novel")
+FRESH_SPLITS = ("fresh", "fresh_novel")
+"""Like test and test_novel, of scenes that nobody looked at while anything was designed: `attbalance experiment`
+reports on them, and nothing else should."""
 
 
 class UnknownData(UserError, ValueError):
@@ -36,5 +39,6 @@ class BuiltinName:
 
 
 def check_split(split: str) -> None:
-    if split not in SPLITS:
-        raise UnknownData(f"no split {split!r}; there are {', '.join(SPLITS)}")
+    known = SPLITS + FRESH_SPLITS
+    if split not in known:
+        raise UnknownData(f"no split {split!r}; there are {', '.join(known)}")

@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 from attbalance_ext.grounding.errors import UserError
-from attbalance_ext.grounding.models.base import PARTS, GroundingModel
+from attbalance_ext.grounding.models.base import PARTS, GroundingModel, ObjectAttention
 from attbalance_ext.grounding.models.designs import MODELS, Design
 
 
@@ -34,4 +34,4 @@ def build_model(name: str, *, vocabulary_size: int, image_size: int, **options: 
     return factory(vocabulary_size=vocabulary_size, image_size=image_size, **options)
 
 
-__all__ = ["MODELS", "PARTS", "Design", "GroundingModel", "build_model", "design"]
+__all__ = ["MODELS", "PARTS", "Design", "GroundingModel", "ObjectAttention", "build_model", "design"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -14,12 +14,21 @@ PARTS = ("vision", "text", "fusion")
 """A model's parts, each with a learning rate of its own."""
 
 
+class ObjectAttention(NamedTuple):
+    """Where the object query attends: the first query of every module, the keys ``visual`` of it."""
+
+    modules: list[nn.MultiheadAttention]
+    """One for each layer, first to last."""
+    visual: slice
+
+
 class GroundingModel(nn.Module, ABC):
     """An image and a sentence in, one box out, with the object query's attention open to supervision.
 
-    Everything that AttBalance needs to know about a model is said here, so that the trainer repeats none of it:
-    which attention modules are supervised and where the visual tokens lie (:meth:`make_tap`), how those tokens
-    tile the canvas (:attr:`grids`) and which of them are padding (the mask that the attention modules are given).
+    Everything that AttBalance needs to know about a model is said here, so that the trainer repeats none of it: in
+    which attention modules the object query looks at the image, where the visual tokens lie among their keys
+    (:meth:`object_attention`), which layers are supervised (:attr:`supervised`), how the tokens tile the canvas
+    (:attr:`grids`) and which of them are padding (the mask that the attention modules are given).
     """
 
     canvas: int
@@ -75,8 +84,14 @@ class GroundingModel(nn.Module, ABC):
         """
 
     @abstractmethod
+    def object_attention(self) -> ObjectAttention:
+        """The attention of the object query to the visual tokens, in every layer."""
+
     def make_tap(self, *, every_layer: bool = False) -> AttentionTap:
         """A tap on the supervised layers, or on every layer (for analysis), first to last."""
+        modules, visual = self.object_attention()
+        chosen = range(self.layers) if every_layer else self.supervised
+        return AttentionTap([modules[index] for index in chosen], query=0, visual=visual)
 
     @abstractmethod
     def parts(self) -> dict[str, list[nn.Parameter]]:

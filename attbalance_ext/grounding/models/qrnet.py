@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from attbalance_ext import AttentionTap
 from attbalance_ext.grounding.errors import UserError
-from attbalance_ext.grounding.models.base import GroundingModel
+from attbalance_ext.grounding.models.base import GroundingModel, ObjectAttention
 from attbalance_ext.grounding.models.layers import trainable
 from attbalance_ext.grounding.models.neck import LevelTokens, QueryModulatedNeck, level_padding
 from attbalance_ext.grounding.models.pixels import Normalisation
@@ -113,8 +112,8 @@ class QRNet(GroundingModel):
         ignored = level_padding(padding, self.grids)
         return self.fusion(text, word_padding, visual, ignored, attention_only=attention_only)
 
-    def make_tap(self, *, every_layer: bool = False) -> AttentionTap:
-        return self.fusion.make_tap(range(self.layers) if every_layer else self.supervised)
+    def object_attention(self) -> ObjectAttention:
+        return self.fusion.object_attention()
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         modules = {"vision": self.visual_branch, "text": self.text_branch, "fusion": self.fusion}

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attbalance_ext import AttentionTap
+from attbalance_ext.grounding.models.base import ObjectAttention
 from attbalance_ext.grounding.models.layers import MLP, Attention, FeedForward, xavier
 from attbalance_ext.grounding.models.relative_attention import RelativeAttention
 
@@ -138,6 +138,7 @@ class Reasoning(nn.Module):
             outputs.append(query[0])
         return self.box_head(self.norm(torch.stack(outputs))).sigmoid()
 
-    def make_tap(self, stages: Sequence[int]) -> AttentionTap:
-        """A tap on the query's attention to the visual tokens in the stages with these indices."""
-        return AttentionTap([cast(Stage, self.stages[index]).visual_attention for index in stages])
+    def object_attention(self) -> ObjectAttention:
+        """The query's attention to the visual tokens, all that it sees there."""
+        stages = cast(Sequence[Stage], self.stages)
+        return ObjectAttention([stage.visual_attention for stage in stages], slice(None))

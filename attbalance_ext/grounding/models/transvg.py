@@ -8,8 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from attbalance_ext import AttentionTap
-from attbalance_ext.grounding.models.base import GroundingModel
+from attbalance_ext.grounding.models.base import GroundingModel, ObjectAttention
 from attbalance_ext.grounding.models.layers import MLP, PostNormLayer, trainable, xavier
 from attbalance_ext.grounding.models.text_branch import TextBranch
 from attbalance_ext.grounding.models.visual_branch import Shared, VisualBranch
@@ -77,10 +76,10 @@ class Fusion(nn.Module):
         reg = last(tokens, positions, ignored, queries=1)[0]
         return self.box_head(reg).sigmoid()
 
-    def make_tap(self, layers: Sequence[int]) -> AttentionTap:
-        """A tap on REG's attention to the visual tokens in the layers with these indices."""
-        attention = [cast(PostNormLayer, self.layers[index]).attention for index in layers]
-        return AttentionTap(attention, query=0, visual=slice(-self.visual_tokens, None))
+    def object_attention(self) -> ObjectAttention:
+        """REG's attention to the visual tokens."""
+        layers = cast(Sequence[PostNormLayer], self.layers)
+        return ObjectAttention([layer.attention for layer in layers], slice(-self.visual_tokens, None))
 
 
 class TransVG(GroundingModel):
@@ -146,8 +145,8 @@ class TransVG(GroundingModel):
         text = self.text_branch(words, word_padding)
         return self.fusion(text, word_padding, visual.tokens, visual.padding, attention_only=attention_only)
 
-    def make_tap(self, *, every_layer: bool = False) -> AttentionTap:
-        return self.fusion.make_tap(range(self.layers) if every_layer else self.supervised)
+    def object_attention(self) -> ObjectAttention:
+        return self.fusion.object_attention()
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         modules = {"vision": self.visual_branch, "text": self.text_branch, "fusion": self.fusion}

@@ -8,8 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from attbalance_ext import AttentionTap
-from attbalance_ext.grounding.models.base import GroundingModel
+from attbalance_ext.grounding.models.base import GroundingModel, ObjectAttention
 from attbalance_ext.grounding.models.layers import MLP, EncoderLayer, mean_of_words, token_padding
 from attbalance_ext.grounding.models.text import TextEncoder
 from attbalance_ext.grounding.models.vision import ConvEncoder
@@ -121,11 +120,9 @@ class TransVGTiny(GroundingModel):
         tokens = last(tokens, ignored, queries=1)  # nothing else of the last layer is ever read
         return self.box_head(self.norm(tokens[0])).sigmoid()
 
-    def make_tap(self, *, every_layer: bool = False) -> AttentionTap:
-        chosen = range(self.layers) if every_layer else self.supervised
+    def object_attention(self) -> ObjectAttention:
         layers = cast(Sequence[EncoderLayer], self.fusion)
-        visual = slice(-len(self.visual_positions), None)
-        return AttentionTap([layers[index].attention for index in chosen], query=0, visual=visual)
+        return ObjectAttention([layer.attention for layer in layers], slice(-len(self.visual_positions), None))
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         text = list(self.text_encoder.parameters())

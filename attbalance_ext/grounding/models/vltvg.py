@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from attbalance_ext import AttentionTap
-from attbalance_ext.grounding.models.base import GroundingModel
+from attbalance_ext.grounding.models.base import GroundingModel, ObjectAttention
 from attbalance_ext.grounding.models.layers import trainable
 from attbalance_ext.grounding.models.reasoning import Reasoning
 from attbalance_ext.grounding.models.text_branch import TextBranch
@@ -84,8 +83,8 @@ class VLTVG(GroundingModel):
             text, word_padding, visual.tokens, visual.positions, visual.padding, attention_only=attention_only
         )
 
-    def make_tap(self, *, every_layer: bool = False) -> AttentionTap:
-        return self.reasoning.make_tap(range(self.layers) if every_layer else self.supervised)
+    def object_attention(self) -> ObjectAttention:
+        return self.reasoning.object_attention()
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         modules = {"vision": self.visual_branch, "text": self.text_branch, "fusion": self.reasoning}

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from attbalance_ext import AttentionTap
-from attbalance_ext.grounding.models.base import GroundingModel
+from attbalance_ext.grounding.models.base import GroundingModel, ObjectAttention
 from attbalance_ext.grounding.models.layers import token_padding, trainable
 from attbalance_ext.grounding.models.reasoning import Reasoning
 from attbalance_ext.grounding.models.text import TextEncoder
@@ -91,8 +90,8 @@ class VLTVGTiny(GroundingModel):
             text, word_padding, visual, self.image_encoder.positions[None], ignored, attention_only=attention_only
         )
 
-    def make_tap(self, *, every_layer: bool = False) -> AttentionTap:
-        return self.reasoning.make_tap(range(self.layers) if every_layer else self.supervised)
+    def object_attention(self) -> ObjectAttention:
+        return self.reasoning.object_attention()
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         fusion = [*trainable(self.visual_projection), self.visual_positions, *trainable(self.reasoning)]

@@ -1,0 +1,218 @@
+"""What a study compares: models x data x variants x seeds, read from one TOML file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from attbalance_ext.grounding.errors import UserError
+from attbalance_ext.grounding.settings import Settings
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+SPLITS = ("fresh", "fresh_novel")
+"""Splits of built-in data that cells are evaluated on, unless the study names others."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train. ``label``: as tables call it; ``against``: the variant it is compared with, None for none."""
+
+    name: str
+    label: str
+    against: str | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run of a study."""
+
+    model: str
+    data: str
+    variant: str
+    seed: int
+    settings: Settings
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} {self.data.removeprefix('builtin:')} {self.variant} seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A study. Cells are in the order to run them: every seed whole before the next, so that a part is balanced."""
+
+    path: Path
+    title: str
+    question: str
+    splits: tuple[str, ...]
+    models: tuple[str, ...]
+    data: tuple[str, ...]
+    variants: dict[str, Variant]
+    seeds: tuple[int, ...]
+    cells: tuple[Cell, ...]
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    def chosen(
+        self,
+        *,
+        models: Sequence[str] = (),
+        data: Sequence[str] = (),
+        variants: Sequence[str] = (),
+        seeds: Sequence[int] = (),
+    ) -> list[Cell]:
+        """The cells with one of the given values; nothing given: any. A value that is not there: ``UserError``."""
+        wanted = {"model": models, "data": data, "variant": variants, "seed": seeds}
+        known = {"model": self.models, "data": self.data, "variant": tuple(self.variants), "seed": self.seeds}
+        for axis, values in wanted.items():
+            for value in values:
+                if value not in known[axis]:
+                    there = ", ".join(map(str, known[axis]))
+                    raise UserError(f"{self.path} has no {axis} {value!r}; there is: {there}")
+        return [c for c in self.cells if all(not v or getattr(c, axis) in v for axis, v in wanted.items())]
+
+
+def load_spec(path: Path) -> Spec:
+    """Read a study.
+
+    ::
+
+        title = "RAC with and without rho"
+        question = "Does weighting layers by rho help?"
+        baseline = "plain"                       # what variants are compared with
+        data = ["builtin:refcoco-hard"]
+        seeds = [0, 1, 2]
+        splits = ["fresh", "fresh_novel"]        # optional
+
+        [settings]                               # of every run: names of Settings
+        steps = 1000
+
+        [models.transvg-tiny]                    # settings of a model; `model` where its name here is another
+        [models.deep]
+        model = "transvg-tiny"
+        model_options = { layers = 6 }
+
+        [variants.plain]
+        attbalance = false
+        [variants.rac]
+        label = "RAC"                            # optional, as are note and against (another baseline)
+        loss = { weight_mrc = 0.0 }
+
+    Later tables go first: a variant's setting counts before its model's, that before ``[settings]``. Tables (``loss``,
+    ``model_options``) are merged.
+
+    Raises:
+        UserError: no such file, no TOML, a name that is unknown or missing, settings that cannot be used.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        plain = tomllib.loads(text)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no TOML: {error}") from None
+    try:
+        return _spec(path, plain)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+_REQUIRED = {
+    "title": str,
+    "question": str,
+    "baseline": str,
+    "data": list,
+    "seeds": list,
+    "models": dict,
+    "variants": dict,
+}
+_OPTIONAL = {"splits": list, "settings": dict}
+_OF_A_VARIANT = ("label", "note", "against")
+
+
+def _spec(path: Path, plain: dict[str, Any]) -> Spec:
+    _require(plain, _REQUIRED, _OPTIONAL)
+    baseline, variants = plain["baseline"], plain["variants"]
+    described = {
+        name: Variant(
+            name,
+            label=table.get("label", name),
+            against=table.get("against", baseline) if name != baseline else None,
+            note=table.get("note", ""),
+        )
+        for name, table in variants.items()
+    }
+    for variant in described.values():
+        if variant.against is not None and variant.against not in described:
+            raise UserError(f"variant {variant.name!r} is compared with {variant.against!r}, which is none")
+    cells = tuple(
+        Cell(model, data, variant, seed, _settings(model, data, seed, plain, variants[variant]))
+        for seed in plain["seeds"]
+        for data in plain["data"]
+        for model in plain["models"]
+        for variant in variants
+    )
+    return Spec(
+        path=path,
+        title=plain["title"],
+        question=plain["question"],
+        splits=tuple(plain.get("splits", SPLITS)),
+        models=tuple(plain["models"]),
+        data=tuple(plain["data"]),
+        variants=described,
+        seeds=tuple(plain["seeds"]),
+        cells=cells,
+    )
+
+
+def _require(plain: Mapping[str, Any], required: Mapping[str, type], optional: Mapping[str, type]) -> None:
+    known = {**required, **optional}
+    if unknown := set(plain) - set(known):
+        raise UserError(f"unknown names {', '.join(sorted(unknown))}; there is: {', '.join(known)}")
+    if missing := set(required) - set(plain):
+        raise UserError(f"missing: {', '.join(sorted(missing))}")
+    for name, value in plain.items():
+        if not isinstance(value, known[name]):
+            raise UserError(f"{name} must be a {known[name].__name__}, got {value!r}")
+        if name in required and not value:
+            raise UserError(f"{name} is empty")
+    for name in ("models", "variants"):
+        for key, table in plain[name].items():
+            if not isinstance(table, dict):
+                raise UserError(f"{name}.{key} must be a table, got {table!r}")
+    for seed in plain["seeds"]:
+        if not isinstance(seed, int):
+            raise UserError(f"seeds must be whole numbers, got {seed!r}")
+
+
+def _settings(model: str, data: str, seed: int, plain: Mapping[str, Any], variant: Mapping[str, Any]) -> Settings:
+    tables = (plain.get("settings", {}), plain["models"][model], variant)
+    changes: dict[str, Any] = {"model": model}
+    loss: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    for table in tables:
+        own = {name: value for name, value in table.items() if name not in _OF_A_VARIANT or table is not variant}
+        loss.update(own.pop("loss", {}))
+        options.update(own.pop("model_options", {}))
+        changes.update(own)
+    if unknown := set(changes) - {item.name for item in fields(Settings)}:
+        raise UserError(f"unknown settings: {', '.join(sorted(unknown))}")
+    if isinstance(loss.get("rho"), list):
+        loss["rho"] = tuple(loss["rho"])
+    try:
+        settings = Settings.for_model(
+            changes.pop("model"), loss=loss, model_options=options, **{**changes, "data": data, "seed": seed}
+        )
+    except TypeError as error:
+        raise UserError(str(error)) from None
+    return replace(settings, frozen_parts=tuple(settings.frozen_parts))

@@ -1,0 +1,82 @@
+"""The process that runs one cell: ``python -m attbalance_ext.grounding.experiment.worker``.
+
+Its order is one line of JSON on standard input; it answers with lines of JSON on standard output. A process of its own
+means that a cell that dies takes no other with it. Where its input ends, whoever gave the order is gone, and it stops
+as on SIGTERM: after the current step, with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attbalance_ext.grounding.errors import TrainingFailed, UserError
+from attbalance_ext.grounding.experiment.cell import run_cell
+from attbalance_ext.grounding.files import exclusive
+from attbalance_ext.grounding.fit import Interrupted
+from attbalance_ext.grounding.settings import Settings
+from attbalance_ext.grounding.train import Trainer
+
+INTERRUPTED, BUSY, FAILED = 130, 75, 1
+"""Exit codes: told to stop; another process is at this cell; see the message."""
+
+
+def main() -> int:
+    order = json.loads(sys.stdin.readline())
+    threading.Thread(target=_stop_with_input, daemon=True).start()
+    torch.set_num_threads(order["threads"])
+    settings = Settings.from_dict(order["settings"])
+    directory = Path(order["directory"])
+    with exclusive(directory / "run", wait=False) as alone:
+        if not alone:
+            return BUSY
+        try:
+            run_cell(
+                settings,
+                directory,
+                Path(order["record"]),
+                splits=order["splits"],
+                cache=Path(order["cache"]) if order["cache"] else None,
+                after_step=Reporter(),
+            )
+        except Interrupted:
+            return INTERRUPTED
+        except (UserError, TrainingFailed) as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            return FAILED
+    return 0
+
+
+class Reporter:
+    """Says where a run is, twice a second at most."""
+
+    def __init__(self) -> None:
+        self.said = 0.0
+
+    def __call__(self, trainer: Trainer) -> None:
+        if time.monotonic() - self.said < 0.5 and not trainer.finished:
+            return
+        self.said = time.monotonic()
+        validation = trainer.log.history["validation"]
+        say({"step": trainer.step, "accuracy": validation[-1]["acc50"] if validation else None})
+
+
+def say(what: dict[str, Any]) -> None:
+    print(json.dumps(what), flush=True)
+
+
+def _stop_with_input() -> None:
+    sys.stdin.read()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
