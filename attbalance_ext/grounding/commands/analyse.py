@@ -12,6 +12,8 @@ from rich.table import Table
 
 from attbalance_ext.grounding.commands.train import CacheOption
 from attbalance_ext.grounding.evaluate import Evaluation, evaluate
+from attbalance_ext.grounding.experiment.findings import findings
+from attbalance_ext.grounding.experiment.spec import load_spec
 from attbalance_ext.grounding.runs import Run, load_run
 from attbalance_ext.grounding.sources import open_split
 from attbalance_ext.info import environment
@@ -87,23 +89,55 @@ def rho(
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs over the same data; the first is the baseline.")],
+    runs: Annotated[
+        list[Path] | None, typer.Argument(help="Folders of runs over the same data; the first is the baseline.")
+    ] = None,
+    study: Annotated[
+        list[Path] | None, typer.Option(help="A study's TOML file, with its records beside it; may be repeated.")
+    ] = None,
+    records: Annotated[
+        Path | None, typer.Option(help="Folder of the studies' records; default: 'records' beside each file.")
+    ] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the studies' tables as Markdown and write no page.")
+    ] = False,
+    figures: Annotated[
+        Path | None, typer.Option(help="Write the studies' figures into this folder, as SVG, beside the page.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
     split: SplitOption = "test",
     examples: Annotated[int, typer.Option(min=1, help="Pictures per outcome.")] = 4,
     seed: Annotated[int, typer.Option(help="Draws the pictures.")] = 0,
     cache: CacheOption = None,
 ) -> None:
-    """Write one self-contained HTML page about runs: figures, curves, rho per layer, attention on test images.
+    """Write one self-contained HTML page about runs and studies.
 
-    Example: attbalance report runs/plain runs/full --out report.html
+    Of runs: figures, curves, rho per layer, attention on test images. Of studies: tables with intervals and paired
+    tests, curves, attention, rho, what has not been run.
+
+    Examples:
+
+      attbalance report runs/plain runs/full --out report.html
+
+      attbalance report --study experiments/ablation.toml --out evidence.html
     """
     from attbalance_ext.grounding.report import write_report
+    from attbalance_ext.grounding.report.studies import markdown as as_markdown
+    from attbalance_ext.grounding.report.studies import write_figures
 
+    specs = [load_spec(path) for path in study or ()]
+    studies = [findings(spec, records or spec.path.parent / "records") for spec in specs]
+    if figures is not None:
+        for found in studies:
+            write_figures(found, figures)
+    if markdown:
+        print("\n\n".join(as_markdown(found) for found in studies))
+        return
     write_report(
-        [load_run(run) for run in runs],
+        [load_run(run) for run in runs or ()],
         out,
         versions=environment(),
+        studies=studies,
         split=split,
         cache=cache,
         per_group=examples,

@@ -13,9 +13,11 @@ from markupsafe import Markup
 
 from attbalance_ext.grounding.errors import UserError
 from attbalance_ext.grounding.evaluate import evaluate
+from attbalance_ext.grounding.experiment.findings import Findings
 from attbalance_ext.grounding.files import write_text
 from attbalance_ext.grounding.report.charts import NARROW, Line, line_chart
 from attbalance_ext.grounding.report.pictures import picture_groups
+from attbalance_ext.grounding.report.studies import data_uri, study_page
 from attbalance_ext.grounding.report.summary import Summary, settings_table, summarize
 from attbalance_ext.grounding.runs import Run
 from attbalance_ext.grounding.sources import open_split
@@ -37,6 +39,7 @@ def write_report(
     out: Path,
     *,
     versions: Mapping[str, str],
+    studies: Sequence[Findings] = (),
     split: str = "test",
     cache: Path | None = None,
     per_group: int = 4,
@@ -45,9 +48,10 @@ def write_report(
     """Evaluate ``runs`` on ``split`` and write the page to ``out``; gives back the rows of its table.
 
     Runs are compared on the same sentences, so they must share their data set. ``versions``: what the page says
-    about software and machine, name to value.
+    about software and machine, name to value. ``studies`` come first on the page; one of the two may be empty.
     """
-    settings = runs[0].settings
+    if not runs and not studies:
+        raise UserError("a report needs a run or a study")
     if len(runs) > MAX_RUNS:
         raise UserError(f"a report shows at most {MAX_RUNS} runs, got {len(runs)}")
     if any(_data_of(run) != _data_of(runs[0]) for run in runs):
@@ -61,21 +65,27 @@ def write_report(
         for run, data in zip(runs, splits, strict=True)
     ]
     summaries = [summarize(run, evaluation) for run, evaluation in zip(runs, evaluations, strict=True)]
+    about_runs: dict[str, Any] = {"data": ""}
+    if runs:
+        about_runs = {
+            "data": runs[0].settings.data,
+            "split": split,
+            "headline": _headline(summaries),
+            "learning": _learning_charts(runs),
+            "in_box": _layer_charts(runs, "in_box", "attention in the true box", (0.0, 1.0)),
+            "rho": _layer_charts(runs, "rho", "rho", (-0.2, 1.0)),
+            "groups": picture_groups(runs, splits, evaluations, per_group=per_group, seed=seed),
+            "settings": settings_table(list(runs)),
+            "versions": versions,
+        }
     page = (
         _environment()
         .get_template("report.html")
         .render(
-            headline=_headline(summaries),
-            data=settings.data,
-            split=split,
+            studies=[study_page(found) for found in studies],
             summaries=summaries,
-            learning=_learning_charts(runs),
-            in_box=_layer_charts(runs, "in_box", "attention in the true box", (0.0, 1.0)),
-            rho=_layer_charts(runs, "rho", "rho", (-0.2, 1.0)),
-            groups=picture_groups(runs, splits, evaluations, per_group=per_group, seed=seed),
-            settings=settings_table(list(runs)),
-            versions=versions,
             written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+            **about_runs,
         )
     )
     write_text(out, page)
@@ -140,10 +150,12 @@ def _lines(runs: Sequence[Run], kind: str, value: Any) -> list[Line]:
 
 
 def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.PackageLoader("attbalance_ext.grounding"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["data_uri"] = data_uri
+    return environment
