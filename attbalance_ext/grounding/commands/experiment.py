@@ -12,6 +12,7 @@ from rich.table import Table
 from attbalance_ext.grounding.commands.train import CacheOption
 from attbalance_ext.grounding.experiment.grid import Outcome, Places, default_jobs, run_grid
 from attbalance_ext.grounding.experiment.spec import Cell, load_spec
+from attbalance_ext.info import environment
 
 
 def register(app: typer.Typer) -> None:
@@ -57,6 +58,7 @@ def experiment(
         cells,
         places,
         splits=study.splits,
+        versions=environment(),
         device=device,
         jobs=jobs or default_jobs(device, threads),
         threads=threads,

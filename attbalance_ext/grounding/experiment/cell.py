@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,12 +15,11 @@ from attbalance_ext.grounding.evaluate import evaluate
 from attbalance_ext.grounding.experiment.record import ELSEWHERE, Record, write_record
 from attbalance_ext.grounding.files import load_checkpoint
 from attbalance_ext.grounding.fit import fit
-from attbalance_ext.grounding.provenance import commit, cpu_model
+from attbalance_ext.grounding.provenance import commit
 from attbalance_ext.grounding.runs import load_run, resume_run, start_run
 from attbalance_ext.grounding.settings import Settings
 from attbalance_ext.grounding.sources import open_split
 from attbalance_ext.grounding.train import LAST, Trainer
-from attbalance_ext.info import environment
 
 
 def run_cell(
@@ -29,12 +28,14 @@ def run_cell(
     record: Path,
     *,
     splits: Sequence[str],
+    machine: Mapping[str, str],
     cache: Path | None = None,
     after_step: Callable[[Trainer], object] = lambda trainer: None,
 ) -> None:
     """Train a run of ``settings`` in ``directory``, evaluate it on ``splits`` and write ``record``.
 
-    What is in ``directory`` is continued, and only evaluated where it is finished.
+    What is in ``directory`` is continued, and only evaluated where it is finished. ``machine``: versions and hardware, for
+    the record.
 
     Raises:
         UserError: a run of other settings lies there.
@@ -42,7 +43,7 @@ def run_cell(
     """
     trainer = _trainer(settings, directory, cache)
     fit({directory.name: trainer}, show=False, after_step=lambda: after_step(trainer))
-    write_record(record, _record(directory, settings, splits, cache))
+    write_record(record, _record(directory, settings, splits, machine, cache))
 
 
 def _trainer(settings: Settings, directory: Path, cache: Path | None) -> Trainer:
@@ -61,7 +62,9 @@ def _compared(plain: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in plain.items() if name not in left_out}
 
 
-def _record(directory: Path, settings: Settings, splits: Sequence[str], cache: Path | None) -> Record:
+def _record(
+    directory: Path, settings: Settings, splits: Sequence[str], machine: Mapping[str, str], cache: Path | None
+) -> Record:
     run = load_run(directory / LAST, device=settings.device)
     results = {}
     for split in splits:
@@ -80,7 +83,7 @@ def _record(directory: Path, settings: Settings, splits: Sequence[str], cache: P
         seconds=_seconds(windows)[-1],
         step_ms=median(window["step_ms"] for window in with_terms or without),
         plain_step_ms=median(window["step_ms"] for window in without) if with_terms and without else None,
-        machine={"cpu": cpu_model(), **environment()},
+        machine=dict(machine),
         data_version=content_version() if settings.data_root is None else None,
         commit=revision,
         modified=modified,

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from attbalance_ext.grounding.experiment.spec import Cell
 from attbalance_ext.grounding.experiment.worker import BUSY
 from attbalance_ext.grounding.fit import stop_requested
 from attbalance_ext.grounding.progress import progress_bars
+from attbalance_ext.grounding.provenance import cpu_model
 
 RUNS_ON_A_GPU = 4
 """Cells at a time on one GPU: a tiny model's step is bound by launches, and several share the GPU well."""
@@ -66,19 +67,28 @@ def default_jobs(device: str, threads: int) -> int:
 
 
 def run_grid(
-    cells: Sequence[Cell], places: Places, *, splits: Sequence[str], device: str = "cpu", jobs: int, threads: int = 1
+    cells: Sequence[Cell],
+    places: Places,
+    *,
+    splits: Sequence[str],
+    versions: Mapping[str, str],
+    device: str = "cpu",
+    jobs: int,
+    threads: int = 1,
 ) -> Outcome:
     """Run every cell that has no record yet, ``jobs`` at a time, in order.
 
     A cell that was begun goes on where it was. One that fails is reported, and the others go on. Ctrl-C or SIGTERM:
     every running cell saves its state and stops; the same call goes on from there. On ``cuda`` cells take turns on all
-    GPUs. A run's bits on a CPU depend on ``threads`` (one: the same everywhere), and never on ``jobs``.
+    GPUs. A run's bits on a CPU depend on ``threads`` (one: the same everywhere), and never on ``jobs``. ``versions``:
+    what the records say about software and hardware, name to value.
     """
     outcome = Outcome()
     left = places.left(cells)
     with progress_bars() as progress, stop_requested() as stop, ThreadPoolExecutor(jobs) as pool:
         total = progress.add_task("cells", total=len(left), note="")
-        runner = _Runner(places, tuple(splits), device, threads, progress, total, stop, outcome)
+        machine = {"cpu": cpu_model(), **versions, "cpu threads": str(threads)}
+        runner = _Runner(places, tuple(splits), machine, device, threads, progress, total, stop, outcome)
         for _ in pool.map(runner, range(len(left)), left):
             pass
     outcome.interrupted = stop.is_set()
@@ -90,6 +100,7 @@ class _Runner:
         self,
         places: Places,
         splits: tuple[str, ...],
+        machine: dict[str, str],
         device: str,
         threads: int,
         progress: Progress,
@@ -97,7 +108,7 @@ class _Runner:
         stop: threading.Event,
         outcome: Outcome,
     ) -> None:
-        self.places, self.splits, self.device, self.threads = places, splits, device, threads
+        self.places, self.splits, self.machine, self.device, self.threads = places, splits, machine, device, threads
         self.progress, self.total, self.stop, self.outcome = progress, total, stop, outcome
         self.gpus = torch.cuda.device_count() if device == "cuda" else 0
 
@@ -125,6 +136,7 @@ class _Runner:
             "directory": str(directory),
             "record": str(self.places.record(cell)),
             "splits": self.splits,
+            "machine": self.machine,
             "cache": str(self.places.cache) if self.places.cache else None,
             "threads": self.threads,
         }

@@ -44,6 +44,7 @@ def main() -> int:
                 directory,
                 Path(order["record"]),
                 splits=order["splits"],
+                machine=order["machine"],
                 cache=Path(order["cache"]) if order["cache"] else None,
                 after_step=Reporter(),
             )
