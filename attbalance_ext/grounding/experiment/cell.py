@@ -34,8 +34,8 @@ def run_cell(
 ) -> None:
     """Train a run of ``settings`` in ``directory``, evaluate it on ``splits`` and write ``record``.
 
-    What is in ``directory`` is continued, and only evaluated where it is finished. ``machine``: versions and hardware, for
-    the record.
+    What is in ``directory`` is continued, and only evaluated where it is finished. ``machine``: versions and hardware,
+    for the record.
 
     Raises:
         UserError: a run of other settings lies there.
