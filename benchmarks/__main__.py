@@ -38,6 +38,8 @@ console = Console()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 File = Annotated[Path, typer.Option(help="The results file.")]
+Only = Annotated[str | None, typer.Option(help="Only this suite.")]
+On = Annotated[str | None, typer.Option(help="Only rows from cpu or cuda.")]
 _NONE: list[Any] = []
 
 
@@ -140,12 +142,13 @@ def run(
 
 @app.command()
 def table(
-    suite: Annotated[str | None, typer.Option(help="Only this suite.")] = None,
+    suite: Only = None,
+    device: On = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="One small table a suite and machine.")] = False,
     results: File = RESULTS,
 ) -> None:
     """Print the newest rows of every case in the results file."""
-    groups = _groups(suite, results)
+    groups = _groups(suite, device, results)
     if markdown:
         typer.echo(markdown_tables(groups))
     else:
@@ -154,17 +157,23 @@ def table(
 
 @app.command()
 def plot(
-    suite: Annotated[str | None, typer.Option(help="Only this suite.")] = None,
+    suite: Only = None,
+    device: On = None,
     results: File = RESULTS,
     output: Annotated[Path, typer.Option(help="Picture to write: .svg or .png.")] = Path("benchmarks.svg"),
 ) -> None:
     """Draw the newest rows of every case: time and memory of the whole work, with the byte floor where there is one."""
-    draw(_groups(suite, results), output)
+    draw(_groups(suite, device, results), output)
     console.print(f"wrote {output}")
 
 
-def _groups(suite: str | None, path: Path) -> list[list[Row]]:
-    groups = [group for group in latest(load(path)) if suite in (None, group[0].suite)]
+def _groups(suite: str | None, device: str | None, path: Path) -> list[list[Row]]:
+    _require("--device", [device or "cpu"], ["cpu", "cuda"])
+    groups = [
+        group
+        for group in latest(load(path))
+        if suite in (None, group[0].suite) and device in (None, group[0].environment["device"])
+    ]
     if not groups:
         raise typer.BadParameter(f"no rows in {path}; make some with 'python -m benchmarks run'")
     return groups

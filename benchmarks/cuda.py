@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.timing import Contender
 
-_AHEAD = 10_000_000  # cycles, some 6 ms: longer than any contender needs to queue its work
+_AHEAD = 10_000_000  # cycles, 5 to 6 ms: longer than most contenders of `op` and `tail` need to queue their work
 
 
 class CudaClock:

@@ -23,12 +23,17 @@ def markdown_tables(groups: Iterable[Sequence[Row]]) -> str:
 def _table(groups: Sequence[Sequence[Row]]) -> str:
     names = list(dict.fromkeys(row.provider for rows in groups for row in rows if row.provider != FRESH_FLOOR))
     names.sort(key=lambda name: name == FLOOR)  # last, as it is nobody's way
+    # On a GPU the floor is no row but follows from the bandwidth of the copy.
+    floors = [] if FLOOR in names else [_floor(rows) for rows in groups]
+    extra = [FLOOR] if any(floors) else []
     shared = _shared([rows[0].case for rows in groups])
-    lines = [["", *(f"**{name}**" if name.startswith("ours") else name for name in names)], ["---"] * (len(names) + 1)]
-    for rows in groups:
+    heading = ["", *(f"**{name}**" if name.startswith("ours") else name for name in names), *extra]
+    lines = [heading, ["---"] * len(heading)]
+    for position, rows in enumerate(groups):
         by_name = {row.provider: row for row in rows if row.mode == judged(rows)}
         label = ", ".join(f"{key}={value}" for key, value in rows[0].case.items() if key not in shared)
-        lines.append([label, *(_cell(by_name.get(name), by_name.get("plain")) for name in names)])
+        cells = [_cell(by_name.get(name), by_name.get("plain")) for name in names]
+        lines.append([label, *cells, *(floors[position] for _ in extra)])
     text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     return f"{text}\n\n{', '.join(f'{key}={value}' for key, value in shared.items())}" if shared else text
 
@@ -52,7 +57,12 @@ def _cell(row: Row | None, plain: Row | None) -> str:
     return f"**{text}**" if row.provider.startswith("ours") else text
 
 
+def _floor(rows: Sequence[Row]) -> str:
+    limit = next((row.limit for row in rows if row.mode == judged(rows)), None)
+    return "" if limit is None else number(limit)
+
+
 def _machine(row: Row) -> str:
     where = row.environment
-    cache = f"caches {where['cache']}, allocator {where['allocator']}"
-    return f"{where.get('gpu') or where['cpu']}, {where['threads']} thread(s), {cache}"
+    machine = where.get("gpu") or f"{where['cpu']}, {where['threads']} thread(s)"
+    return f"{machine}, caches {where['cache']}, allocator {where['allocator']}"

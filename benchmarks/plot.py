@@ -61,12 +61,13 @@ def _draw_times(axis: Axes, rows: Sequence[Row]) -> None:
     _horizontal(axis, rows, medians, xerr=spread)
     axis.set_yticks(range(len(rows)), [row.provider for row in rows])
     plain = next((row.timing for row in rows if row.provider == "plain"), None)
-    line = (rows[0].floor, "byte floor") if plain is None else (plain.median, "plain")
+    line = (rows[0].limit, "byte floor") if plain is None else (plain.median, "plain")
     if line[0] is not None:
         axis.axvline(line[0], color="tab:red", linestyle="--", linewidth=1, label=line[1])
         axis.legend(loc="lower right", frameon=False, fontsize="x-small")
     where = rows[0].environment
     machine = where.get("gpu") or f"{where['cpu']}, {where['threads']} threads"
+    machine += ", caches warm" if where["cache"] == "warm" else ""
     axis.set_title(f"{rows[0].suite}: {describe(rows[0].case)}; {machine}", fontsize="x-small", loc="left")
     axis.set_xlabel("step, ms" if rows[0].mode == "step" else f"{_mode(rows[0].mode)}, ms", fontsize="x-small")
 
@@ -75,19 +76,25 @@ def _draw_memory(axis: Axes, rows: Sequence[Row]) -> None:
     if all(row.peak is None for row in rows):
         axis.set_axis_off()
         return
-    _horizontal(axis, rows, [(row.peak or 0) / 1e6 for row in rows])
+    _horizontal(axis, rows, [None if row.peak is None else row.peak / 1e6 for row in rows])
     axis.set_yticks([])
     axis.set_xlabel("peak memory, MB", fontsize="x-small")
 
 
-def _horizontal(axis: Axes, rows: Sequence[Row], values: Sequence[float], **options: Any) -> None:
+def _horizontal(axis: Axes, rows: Sequence[Row], values: Sequence[float | None], **options: Any) -> None:
+    """No bar where a value is not known."""
     colours = [OURS if row.provider.startswith("ours") else PART if row.part else OTHERS for row in rows]
-    bars = axis.barh(range(len(rows)), values, color=colours, error_kw={"linewidth": 1}, **options)
-    axis.bar_label(bars, [f"{value:.3g}" if value < 1000 else f"{value:.0f}" for value in values], padding=4, size=7)
+    lengths = [0 if value is None else value for value in values]
+    bars = axis.barh(range(len(rows)), lengths, color=colours, error_kw={"linewidth": 1}, **options)
+    axis.bar_label(bars, ["" if value is None else _label(value) for value in values], padding=4, size=7)
     axis.invert_yaxis()
     axis.margins(x=0.18)
     axis.tick_params(labelsize="x-small")
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def _label(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def _mode(mode: str) -> str:

@@ -12,6 +12,7 @@ from attbalance_ext.grounding.provenance import ROOT
 from benchmarks.timing import Timing
 
 RESULTS = ROOT / "benchmarks" / "results" / "results.jsonl"
+_LEAST = 1e-3  # ms: calling anything takes longer
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,17 @@ class Row:
     host: float | None = None  # ms until the call returns, with the device busy: what it costs the Python thread
 
     @property
+    def limit(self) -> float | None:
+        """The floor, where it says something: not where the bytes are so few that no call could be as fast."""
+        return None if self.floor is None or self.floor < _LEAST else self.floor
+
+    @property
     def share(self) -> float | None:
-        """The bytes moved a second over the bandwidth of the copy."""
+        """The bytes moved a second over the bandwidth of the copy; None where the bytes are too few to matter."""
         if self.bytes is None or self.bandwidth is None or self.timing is None:
             return None
-        return self.bytes / (self.timing.median / 1e3) / self.bandwidth
+        copied = 1e3 * self.bytes / self.bandwidth
+        return None if copied < _LEAST else copied / self.timing.median
 
     @property
     def group(self) -> str:

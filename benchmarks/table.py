@@ -77,18 +77,18 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
     columns += [_speed_up(name, baseline) for name, baseline in baselines.items() if name != "plain"]
     if "plain" in baselines:
         columns.append(Column("over plain", lambda row, timing: over(row, timing, baselines["plain"])))
-    if any(row.floor is not None for row in rows):
-        columns.append(Column("x floor", lambda row, timing: f"{timing.median / row.floor:.2f}" if row.floor else "-"))
+    if any(row.limit is not None for row in rows):
+        columns.append(Column("x floor", lambda row, timing: f"{timing.median / row.limit:.2f}" if row.limit else "-"))
     if any(row.share is not None for row in rows):
         columns.append(Column("% of copy", lambda row, timing: "-" if row.share is None else f"{100 * row.share:.0f}"))
     if any(row.kept is not None for row in rows):
-        columns.append(Column("kept MB", lambda row, timing: _megabytes(row.kept)))
+        columns.append(_size("kept", rows, lambda row: row.kept))
     if (keys := _key_bytes(rows[0].case)) is not None:
         columns.append(
             Column("% of K", lambda row, timing: "-" if row.kept is None else f"{100 * row.kept / keys:.1f}")
         )
     if any(row.peak is not None for row in rows):
-        columns.append(Column("peak MB", lambda row, timing: _megabytes(row.peak)))
+        columns.append(_size("peak", rows, lambda row: row.peak))
         if "plain" in baselines:
             columns += [_memory_ratio(row) for row in rows if row.provider in baselines and row.peak]
     columns.append(Column("error", lambda row, timing: "-" if row.error is None else f"{row.error:.0e}"))
@@ -98,6 +98,18 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
             Column("host", lambda row, timing: "-" if row.host is None else number(row.host)),
         ]
     return columns
+
+
+def _size(name: str, rows: Sequence[Row], size: Callable[[Row], int | None]) -> Column:
+    """A column of bytes, in one unit: kB where megabytes would be zeros."""
+    unit, divisor = ("kB", 1e3) if max(size(row) or 0 for row in rows) < 1e5 else ("MB", 1e6)
+
+    def cell(row: Row, timing: Timing) -> str:
+        if (count := size(row)) is None:
+            return "-"
+        return f"{count / divisor:.2f}" if count / divisor < 100 else f"{count / divisor:.0f}"
+
+    return Column(f"{name} {unit}", cell)
 
 
 def _speed_up(name: str, baseline: Timing) -> Column:
@@ -133,12 +145,9 @@ def _ms(timing: Timing | None) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits or so."""
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
-
-
-def _megabytes(size: int | None) -> str:
-    return "-" if size is None else f"{size / 1e6:.2f}" if size < 100e6 else f"{size / 1e6:.0f}"
+    """Three digits or so; of milliseconds, never less than a tenth of a microsecond."""
+    digits = next((digits for limit, digits in ((0.1, 4), (1, 3), (10, 2), (100, 1)) if value < limit), 0)
+    return f"{value:.{digits}f}"
 
 
 def _title(row: Row) -> str:
@@ -162,15 +171,15 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         f"judged: {judged(rows)}; x NAME: speed-up over it; error: worst result against the truth",
         "kept: saved for backward beyond the inputs; peak: allocated in forward + backward beyond what was there",
     ]
-    if last.bytes is not None:
+    if last.bytes is not None and any(row.share is not None for row in rows):
         bandwidth = "" if last.bandwidth is None else f"; a large copy moves {last.bandwidth / 1e9:.1f} GB/s"
         notes.append(f"{last.mode}: {last.bytes / 1e6:.2f} MB ({last.formula}){bandwidth}")
-    if any(row.floor is not None for row in rows):
+    if any(row.limit is not None for row in rows):
         notes.append(f"floor: moving these bytes {'at the bandwidth of that copy' if on_gpu else 'in the same run'}")
     if any(row.part for row in rows):
         notes.append("over plain, in brackets: what a part of the step takes, as much as it is of the plain step")
     if on_gpu:
-        notes.append("host: ms until the call returns while the device is busy")
+        notes.append("host: ms until the call returns while the device is busy, waiting for it included")
     return [
         *notes,
         *(f"{name}: {title}" for name, title in {row.provider: row.title for row in rows}.items()),

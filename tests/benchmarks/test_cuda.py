@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 from rich.console import Console
 
 from benchmarks import cuda, runner
+from benchmarks.markdown import markdown_tables
 from benchmarks.providers import PROVIDERS, on_device, ours
 from benchmarks.results import Row
 from benchmarks.suites.op import OpCase, OpInputs, OpSuite
-from benchmarks.table import print_tables
+from benchmarks.table import number, print_tables
 from benchmarks.task import Provider, Task
 from benchmarks.timing import CpuClock, Timing
 
@@ -126,8 +128,37 @@ def test_table_of_gpu_rows() -> None:
     assert "some CPU" not in text
     heading = next(line for line in text.splitlines() if line.strip().startswith("ms "))
     line = next(line for line in text.splitlines() if line.strip().startswith("ours-cuda "))
-    assert [heading.split()[-1], *line.split()[-3:]] == ["host", "1e-07", "4", "0.03"]
-    assert line.split()[-7:-3] == ["50", "0.00", "1.0", "2.00"], "half the copy's bandwidth, 1 % of K, the peak"
+    assert [heading.split()[-1], *line.split()[-3:]] == ["host", "1e-07", "4", "0.0310"]
+    assert line.split()[-7:-3] == ["50", "0.01", "1.0", "2.00"], "half the copy's bandwidth, 1 % of K, the peak"
+    assert "kept kB" in heading
+    assert "peak MB" in heading
+
+
+def test_few_bytes_have_no_floor() -> None:
+    """Moving a kilobyte takes nanoseconds: a multiple of that, or a share of a bandwidth, says nothing."""
+    few = replace(ROW, suite="tail", case={"L": 6, "B": 8}, bytes=1000, floor=1e3 * 1000 / 4e12, kept=512, peak=3584)
+    console = Console(width=160)
+    with console.capture() as capture:
+        print_tables([[few]], console)
+    text = capture.get()
+    assert not any(said in text for said in ("floor", "% of copy", "GB/s", "0.00"))
+    assert {"0.51", "3.58"} <= set(text.split()), "kilobytes"
+    assert "floor" not in markdown_tables([[few]])
+
+
+def test_markdown_of_gpu_rows() -> None:
+    text = markdown_tables([[replace(ROW, timing=Timing(0.0308, 0.03, 0.04, 0.03, 3))]])
+    assert "**op**, some GPU, caches cold, allocator kept, milliseconds" in text, "threads have no part in it"
+    assert "|  | **ours-cuda** | floor |" in text, "the floor has no rows of its own on a GPU"
+    assert "| **0.0308** | 0.250 |" in text
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "shown"),
+    [(0.0044, "0.0044"), (0.0308, "0.0308"), (0.1154, "0.115"), (3.89, "3.89"), (43.18, "43.2"), (885.4, "885")],
+)
+def test_three_digits_or_so(milliseconds: float, shown: str) -> None:
+    assert number(milliseconds) == shown
 
 
 def test_rows_of_a_gpu_and_a_cpu_are_never_compared() -> None:

@@ -254,7 +254,7 @@ def test_a_wrong_provider_is_an_exit_status(tmp_path: Path, monkeypatch: pytest.
 
 def test_command_line(tmp_path: Path) -> None:
     results, picture = tmp_path / "results.jsonl", tmp_path / "plot.svg"
-    shapes = ["--batch", "2", "--layers", "1", "--tokens", "16", "--tokens", "9", "--width", "16", "--rounds", "2"]
+    shapes = ["--batch", "8", "--layers", "1", "--tokens", "16", "--tokens", "9", "--width", "128", "--rounds", "2"]
     shapes += ["--teacher", "--no-teacher", "--warm"]
     shapes += ["--allocator", "system"]  # the other choice would hold for every later test
     done = CliRunner().invoke(app, ["run", *shapes, "--provider", "eager", "--output", str(results)])
@@ -272,6 +272,8 @@ def test_command_line(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["table", "--results", str(results)]).exit_code == 0
     markdown = CliRunner().invoke(app, ["table", "--markdown", "--results", str(results)])
     assert "| N=16, teacher=True | " in markdown.output
+    here = CliRunner().invoke(app, ["table", "--markdown", "--device", "cpu", "--results", str(results)])
+    assert here.output == markdown.output
     assert CliRunner().invoke(app, ["plot", "--results", str(results), "--output", str(picture)]).exit_code == 0
     assert picture.read_text().startswith("<?xml")
 
@@ -289,6 +291,7 @@ def test_command_line(tmp_path: Path) -> None:
         ["run", "--suite", "step", "--model", "nosuch"],
         ["run", "--suite", "step", "--model", "qrnet-tiny", "--warm", "--allocator", "system", "--size", "20"],
         ["table", "--results", "nosuch.jsonl"],
+        ["table", "--device", "tpu"],
     ],
 )
 def test_bad_arguments_are_refused_in_one_line(arguments: list[str]) -> None:

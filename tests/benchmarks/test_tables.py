@@ -87,6 +87,14 @@ def test_plot_of_a_step(form: str, tmp_path: Path) -> None:
         assert all(name in picture for name in (b">teacher-update<", b">110<", b"model=a-model"))
 
 
+def test_plot_says_warm_and_draws_nothing_for_what_is_not_known(tmp_path: Path) -> None:
+    warm = [replace(r, environment={**WHERE, "cache": "warm"}) for r in (ROWS[0], replace(ROWS[2], peak=None))]
+    plot([warm], tmp_path / "picture.svg")
+    picture = (tmp_path / "picture.svg").read_text()
+    assert "caches warm" in picture
+    assert picture.count(">0<") == 2, "the two axes' zeros: a peak that was not measured is not 0 MB"
+
+
 def test_share_of_the_copy_bandwidth() -> None:
     assert row("ours", 10, 0, bytes=10**9, bandwidth=2e11).share == pytest.approx(0.5)
     assert row("ours", 10, 0).share is None
