@@ -30,8 +30,8 @@ class Record:
     curve: list[dict[str, Any]]
     """Validations: step, seconds of training until then, acc50, acc70, miou, in_box, rho."""
     training: dict[str, Any]
-    """Means over the steps with attention terms: adw, odw, dat (their product), rac, mrc, rho per layer; empty without
-    terms."""
+    """Means over the log's windows with attention terms: adw, odw, dat (the product of their means), rac, mrc, rho per
+    layer; empty without terms."""
     seconds: float
     """Of all training steps; validations and start are not counted."""
     step_ms: float
