@@ -83,7 +83,9 @@ def test_a_backend_that_cannot_run_here_says_why(name: str, tmp_path: Path, caps
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("arguments", [[], *[[c] for c in ("info", "train", "eval", "rho", "report", "demo", "data")]])
+@pytest.mark.parametrize(
+    "arguments", [[], *[[c] for c in ("info", "train", "experiment", "eval", "rho", "report", "demo", "data")]]
+)
 def test_every_command_has_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert call(*arguments, "--help") == 0
     assert "Usage" in capsys.readouterr().out
