@@ -338,7 +338,7 @@ def test_two_grids_at_once_share_the_work(study: Study, done: Study) -> None:
     outcomes: list[Outcome] = []
 
     def run() -> None:
-        outcomes.append(run_grid(study.spec.cells, study.places, splits=study.spec.splits, jobs=1))
+        outcomes.append(run_grid(study.spec.cells, study.places, splits=study.spec.splits, versions={}, jobs=1))
 
     threads = [threading.Thread(target=run) for _ in range(2)]
     for thread in threads:
@@ -370,7 +370,7 @@ def test_a_cell_that_another_grid_has_finished_since_is_not_run_again(
         return 0, ""
 
     monkeypatch.setattr(grid._Runner, "_run", finish_both)
-    outcome = run_grid(study.spec.cells, study.places, splits=study.spec.splits, jobs=1)
+    outcome = run_grid(study.spec.cells, study.places, splits=study.spec.splits, versions={}, jobs=1)
     assert ran == ["plain"]
     assert [cell.variant for cell in outcome.finished] == ["plain"]
 
@@ -394,7 +394,7 @@ def test_a_mistake_of_ours_stops_the_grid_and_surfaces(study: Study, monkeypatch
 
     monkeypatch.setattr(grid._Runner, "_run", fail_second)
     with pytest.raises(ZeroDivisionError):
-        run_grid(study.spec.cells, study.places, splits=study.spec.splits, jobs=2)
+        run_grid(study.spec.cells, study.places, splits=study.spec.splits, versions={}, jobs=2)
 
 
 # --- one cell ---------------------------------------------------------------------------------------------------------
@@ -407,7 +407,9 @@ def test_a_run_of_other_settings_is_left_alone(done: Study, tmp_path: Path) -> N
     settings = done.cell("plain").settings
     for changes in ({"steps": STEPS + 1}, {"epochs": 3, "momentum": 0.5}, {"seed": 1}):
         with pytest.raises(UserError, match=r"run holds a run of other settings; remove it, or choose another --runs"):
-            run_cell(replace(settings, **changes), run, tmp_path / "a.json", splits=["val"], cache=done.cache)
+            run_cell(
+                replace(settings, **changes), run, tmp_path / "a.json", splits=["val"], machine={}, cache=done.cache
+            )
     assert (run / LAST).read_bytes() == before
     assert not (tmp_path / "a.json").exists()
 
@@ -423,6 +425,7 @@ def test_a_finished_run_is_only_evaluated(done: Study, tmp_path: Path) -> None:
         run,
         tmp_path / "a.json",
         splits=["val"],
+        machine={},
         cache=done.cache,
         after_step=lambda trainer: steps.append(trainer.step),
     )
@@ -442,7 +445,15 @@ def test_a_run_that_counts_in_epochs_goes_on(cache: Path, study: Study, tmp_path
             raise ZeroDivisionError
 
     def run() -> None:
-        run_cell(settings, tmp_path / "run", tmp_path / "a.json", splits=["val"], cache=cache, after_step=stop_once)
+        run_cell(
+            settings,
+            tmp_path / "run",
+            tmp_path / "a.json",
+            splits=["val"],
+            machine={},
+            cache=cache,
+            after_step=stop_once,
+        )
 
     with pytest.raises(ZeroDivisionError):
         run()
@@ -456,7 +467,9 @@ def test_a_run_that_counts_in_epochs_goes_on(cache: Path, study: Study, tmp_path
 def test_data_that_are_missing_are_missed_before_training(study: Study, tmp_path: Path) -> None:
     settings = study.cell("plain").settings
     with pytest.raises(UserError, match="no split 'testA'"):
-        run_cell(settings, tmp_path / "run", tmp_path / "a.json", splits=["val", "testA"], cache=study.cache)
+        run_cell(
+            settings, tmp_path / "run", tmp_path / "a.json", splits=["val", "testA"], machine={}, cache=study.cache
+        )
     assert not (tmp_path / "run").exists()
 
 

@@ -25,11 +25,11 @@ SPLITS = ("fresh", "fresh_novel")
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to train. ``label``: as tables call it; ``against``: the variant it is compared with, None for none."""
+    """One way to train. ``label``: as tables call it; ``against``: the variants it is compared with."""
 
     name: str
     label: str
-    against: str | None
+    against: tuple[str, ...]
     note: str = ""
 
 
@@ -108,7 +108,8 @@ def load_spec(path: Path) -> Spec:
         [variants.plain]
         attbalance = false
         [variants.rac]
-        label = "RAC"                            # optional, as are note and against (another baseline)
+        label = "RAC"                            # optional, as are note and against: ["plain", ...], with what to
+                                                 # compare it instead of the baseline
         loss = { weight_mrc = 0.0 }
 
     Later tables go first: a variant's setting counts before its model's, that before ``[settings]``. Tables (``loss``,
@@ -152,8 +153,11 @@ def _spec(path: Path, plain: dict[str, Any]) -> Spec:
         raise UserError(f"baseline {baseline!r} is no variant; there is: {', '.join(variants)}")
     described = {name: _variant(name, table, baseline) for name, table in variants.items()}
     for variant in described.values():
-        if variant.against is not None and variant.against not in described:
-            raise UserError(f"variants.{variant.name} is compared with {variant.against!r}, which is no variant")
+        for other in variant.against:
+            if other not in described:
+                raise UserError(f"variants.{variant.name} is compared with {other!r}, which is no variant")
+            if other == variant.name:
+                raise UserError(f"variants.{variant.name} is compared with itself")
     splits = tuple(plain.get("splits", SPLITS))
     cells = tuple(
         Cell(model, data, variant, seed, _settings(model, data, seed, plain, variant))
@@ -205,11 +209,13 @@ def _require(plain: Mapping[str, Any], required: Mapping[str, type], optional: M
 
 
 def _variant(name: str, table: Mapping[str, Any], baseline: str) -> Variant:
-    for key in _OF_A_VARIANT:
+    for key in ("label", "note"):
         if not isinstance(table.get(key, ""), str):
             raise UserError(f"variants.{name}: {key} must be {NAMES[str]}, got {table[key]!r}")
-    against = table.get("against", baseline) if name != baseline else None
-    return Variant(name, table.get("label", name), against, table.get("note", ""))
+    against = table.get("against", [baseline] if name != baseline else [])
+    if not isinstance(against, list) or not all(isinstance(other, str) for other in against):
+        raise UserError(f"variants.{name}: against must be a list of texts, got {against!r}")
+    return Variant(name, table.get("label", name), tuple(against), table.get("note", ""))
 
 
 def _settings(model: str, data: str, seed: int, plain: Mapping[str, Any], variant: str) -> Settings:
