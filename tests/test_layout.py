@@ -22,7 +22,9 @@ GROUNDING = f"{PACKAGE}.grounding"
 USERS = {  # and the other users that each may build on: whole training steps are timed with the trainer's own models
     GROUNDING: (),
     f"{PACKAGE}.integrations": (),
-    "benchmarks": tuple(f"{GROUNDING}.{name}" for name in ("errors", "models", "optimization", "provenance", "settings")),
+    "benchmarks": tuple(
+        f"{GROUNDING}.{name}" for name in ("errors", "models", "optimization", "provenance", "settings")
+    ),
 }
 
 # What is outside the stable folders ties the binary to one PyTorch version. Kernel bodies (kernels.cuh) are
