@@ -40,7 +40,7 @@ sys.stdout.buffer.write(b"\\xff\\n")
 """
 MORE = """
 [variants.same]
-against = "full"
+against = ["full"]
 [variants.bad]
 data_root = "no-such-folder"
 train_share = 0.5
