@@ -147,9 +147,11 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str] | N
         time.sleep(0.005)
 
 
+OF_THE_RUN = ("step_ms", "plain_step_ms", "seconds", "machine", "date")
+
+
 def without_times(record: Record) -> dict[str, Any]:
     """What two runs of equal settings have in common."""
-    plain = {name: value for name, value in vars(record).items() if name not in ("step_ms", "plain_step_ms", "date")}
+    plain = {name: value for name, value in vars(record).items() if name not in OF_THE_RUN}
     plain["curve"] = [{name: value for name, value in point.items() if name != "seconds"} for point in record.curve]
-    del plain["seconds"]
     return plain
