@@ -97,7 +97,7 @@ def test_two_processes_generate_the_same_bytes_at_once(tmp_path: Path) -> None:
     processes = [context.Process(target=_generate, args=(tmp_path, barrier, results)) for _ in range(2)]
     for process in processes:
         process.start()
-    first, second = results.get(timeout=60), results.get(timeout=60)
+    first, second = results.get(timeout=240), results.get(timeout=240)
     for process in processes:
         process.join(timeout=60)
         assert process.exitcode == 0
