@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attbalance_ext.grounding.errors import UserError
-from attbalance_ext.grounding.files import replace_file
+from attbalance_ext.grounding.files import write_text
+from attbalance_ext.grounding.plots import as_svg, colour, marker, require_matplotlib
 from attbalance_ext.grounding.rho import CONFIDENCE, LayerRho, RunRho
 
 if TYPE_CHECKING:
@@ -17,10 +16,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-"""Okabe and Ito's, which the colour-blind can tell apart, without the yellow, which paper swallows."""
-MARKERS = ("o", "s", "^", "D", "v", "P")
-"""For print without colours. Of another number than the colours: 42 models differ."""
 _COLUMNS = 2
 _PANEL = 3.7, 2.6
 """Inches of a panel, without the lines of its key."""
@@ -30,22 +25,10 @@ _NAME = 40
 """Characters of a name that a panel has room for; the end of a path says more than its start."""
 
 
-def require_matplotlib() -> None:
-    """Refuse before any time is spent."""
-    try:
-        import_module("matplotlib")
-    except ModuleNotFoundError as error:
-        raise UserError(f"the picture needs {error.name!r}: pip install 'attbalance_ext[train]'") from None
-
-
 def write_plot(results: Sequence[RunRho], path: Path, *, resamples: int) -> None:
-    """Write the picture as SVG. Its text stays text: smaller, and it can be searched. Same results, same bytes."""
+    """Write the picture as SVG, whole or not at all."""
     require_matplotlib()
-    import matplotlib
-
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "attbalance"}):
-        figure = draw(results, resamples=resamples)
-        replace_file(path, lambda file: figure.savefig(file, format="svg", metadata={"Date": None}))
+    write_text(path, as_svg(draw(results, resamples=resamples)))
 
 
 def draw(results: Sequence[RunRho], *, resamples: int) -> Figure:
@@ -83,17 +66,17 @@ def _draw_panel(axis: Axes, panel: Sequence[RunRho], styles: Sequence[int]) -> N
     signs: list[Line2D] = []
     step = min(0.14, 0.6 / len(panel))
     for place, (result, style) in enumerate(zip(panel, styles, strict=True)):
-        colour, marker = COLOURS[style % len(COLOURS)], MARKERS[style % len(MARKERS)]
+        tint, mark = colour(style), marker(style)
         shift = step * (place - (len(panel) - 1) / 2)
         x = [layer.layer + shift for layer in result.layers]
         y = [math.nan if layer.rho is None else layer.rho for layer in result.layers]
-        axis.plot(x, y, color=colour, linewidth=1, alpha=0.35, zorder=2)
+        axis.plot(x, y, color=tint, linewidth=1, alpha=0.35, zorder=2)
         for at, rho, layer in zip(x, y, result.layers, strict=True):
             if layer.low is not None and layer.high is not None:
-                axis.vlines(at, layer.low, layer.high, color=colour, linewidth=1.5, zorder=3)
-            face = colour if layer.supervised else "white"
-            axis.plot(at, rho, marker, color=colour, markerfacecolor=face, markersize=5, zorder=4)
-        signs += axis.plot([], [], marker, color=colour, markersize=5)
+                axis.vlines(at, layer.low, layer.high, color=tint, linewidth=1.5, zorder=3)
+            face = tint if layer.supervised else "white"
+            axis.plot(at, rho, mark, color=tint, markerfacecolor=face, markersize=5, zorder=4)
+        signs += axis.plot([], [], mark, color=tint, markersize=5)
         for _ in _key(result)[1:]:
             signs += axis.plot([], [], " ")
     lines = [line for result in panel for line in _key(result)]

@@ -9,12 +9,13 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from helpers_study import ACCURACY, add_records, make_study
+from helpers_study import ACCURACY, add_records, make_record, make_study
 from typer.testing import CliRunner
 
 from attbalance_ext.grounding.commands import app
 from attbalance_ext.grounding.errors import UserError
 from attbalance_ext.grounding.experiment.findings import findings
+from attbalance_ext.grounding.experiment.record import record_path, write_record
 from attbalance_ext.grounding.report import write_report
 from attbalance_ext.grounding.report.studies import markdown, study_page, write_figures
 
@@ -116,3 +117,20 @@ def test_markdown_of_a_part_says_so(tmp_path: Path) -> None:
 def test_neither_runs_nor_studies(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a report needs a run or a study"):
         write_report([], tmp_path / "page.html", versions={})
+
+
+def test_what_is_undefined_or_stopped_early_is_left_out(tmp_path: Path) -> None:
+    """A record holds null for the mean of nothing, and a run that stopped early has a shorter curve than the others."""
+    spec = make_study(tmp_path)
+    add_records(spec, tmp_path, {"plain": ACCURACY["plain"][:2]})
+    cell = spec.cells[0]
+    record = make_record(cell.settings.to_dict(), 0.5, splits=spec.splits)
+    record.curve.pop()
+    for result in record.results.values():
+        result.update(rho=[None] * 4, in_box=[None] * 4, valid=1200)
+        result["by_size"]["small"] = None
+    write_record(record_path(tmp_path, cell.settings), record)
+    section = study_page(findings(spec, tmp_path)).sections[0]
+    assert section.results.rows[0][5] == "42.0 / 51.0 / 61.0"
+    assert section.behaviour.rows[0][1] == "0.52"
+    assert "each rho over 1,200 sentences" in section.plots[-1].svg

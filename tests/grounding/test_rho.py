@@ -25,8 +25,9 @@ from attbalance_ext.grounding import rho
 from attbalance_ext.grounding.data.tokenizers import Tokenizer
 from attbalance_ext.grounding.evaluate import Evaluation, evaluate
 from attbalance_ext.grounding.models import GroundingModel
+from attbalance_ext.grounding.plots import COLOURS, MARKERS
 from attbalance_ext.grounding.rho import LayerRho, RunRho, as_document, correlate, rho_by_layer
-from attbalance_ext.grounding.rho_plot import COLOURS, MARKERS, draw, write_plot
+from attbalance_ext.grounding.rho_plot import draw, write_plot
 from attbalance_ext.grounding.runs import load_run
 from attbalance_ext.grounding.settings import Settings
 from attbalance_ext.grounding.split import PreparedSplit

@@ -53,8 +53,9 @@ def rho(
 
     Example: attbalance rho runs/plain runs/full --split test --split test_novel --out rho
     """
+    from attbalance_ext.grounding.plots import require_matplotlib
     from attbalance_ext.grounding.rho import as_document, correlate
-    from attbalance_ext.grounding.rho_plot import require_matplotlib, write_plot
+    from attbalance_ext.grounding.rho_plot import write_plot
 
     if out is not None:
         require_matplotlib()

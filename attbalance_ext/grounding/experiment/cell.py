@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
@@ -128,8 +127,3 @@ def _training(windows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "mrc": mean([window["mrc"] for window in windows]),
         "rho": [mean(list(layer)) for layer in zip(*(window["rho"] for window in windows), strict=True)],
     }
-
-
-def on_device(settings: Settings, device: str) -> Settings:
-    """The same run on another device."""
-    return replace(settings, device=device)

@@ -50,8 +50,9 @@ class Row:
         return interval([record.seconds for record in self.records.values()])
 
     @property
-    def samples(self) -> int:
-        return next(iter(self.records.values())).results[self.split]["samples"]
+    def valid(self) -> int:
+        """Test sentences whose box covers a visual token: those that attention and rho are of."""
+        return next(iter(self.records.values())).results[self.split]["valid"]
 
     @property
     def layers(self) -> int:

@@ -10,13 +10,12 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from rich.progress import Progress, TaskID
 
-from attbalance_ext.grounding.experiment.cell import on_device
 from attbalance_ext.grounding.experiment.record import record_path
 from attbalance_ext.grounding.experiment.spec import Cell
 from attbalance_ext.grounding.experiment.worker import BUSY, FAILED
@@ -152,7 +151,7 @@ class _Runner:
         directory.mkdir(parents=True, exist_ok=True)
         device = f"cuda:{number % self.gpus}" if self.gpus else self.device
         order = {
-            "settings": on_device(cell.settings, device).to_dict(),
+            "settings": replace(cell.settings, device=device).to_dict(),
             "directory": str(directory),
             "record": str(self.places.record(cell)),
             "splits": self.splits,

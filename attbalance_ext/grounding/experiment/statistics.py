@@ -40,11 +40,11 @@ class Comparison:
         return "helps" if self.difference.mean > 0 else "hurts"
 
 
-def interval(values: Sequence[float]) -> Interval:
-    """Mean and interval of one number per seed; values that are not finite are left out."""
+def interval(values: Sequence[float | None]) -> Interval:
+    """Mean and interval of one number per seed; what is undefined (None) or not finite is left out."""
     from scipy import stats
 
-    finite = [value for value in values if math.isfinite(value)]
+    finite = [value for value in values if value is not None and math.isfinite(value)]
     mean = sum(finite) / len(finite) if finite else math.nan
     if len(finite) < 2:
         return Interval(mean, math.nan, math.nan, len(finite))
