@@ -8,6 +8,7 @@ import shutil
 import signal
 import statistics
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -373,6 +374,29 @@ def test_a_cell_that_another_grid_has_finished_since_is_not_run_again(
     outcome = run_grid(study.spec.cells, study.places, splits=study.spec.splits, versions={}, jobs=1)
     assert ran == ["plain"]
     assert [cell.variant for cell in outcome.finished] == ["plain"]
+
+
+def test_a_worker_leaves_a_cell_alone_that_has_a_record(study: Study, tmp_path: Path) -> None:
+    """Another grid may finish it between the look at the record and the lock."""
+    record = tmp_path / "record.json"
+    record.write_text("of another grid")
+    order = {
+        "settings": study.cell("plain").settings.to_dict(),
+        "directory": str(tmp_path / "run"),
+        "record": str(record),
+        "splits": ["val"],
+        "machine": {},
+        "cache": str(study.cache),
+        "threads": 1,
+    }
+    command = [sys.executable, "-m", "attbalance_ext.grounding.experiment.worker", json.dumps(order)]
+    read, write = os.pipe()  # open as long as the worker lives: its end would stop it
+    done = subprocess.run(command, stdin=read, capture_output=True, text=True, check=False)
+    os.close(read)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert record.read_text() == "of another grid"
+    assert not (tmp_path / "run" / LAST).exists()
 
 
 def test_a_place_that_cannot_be_written_to_fails_its_cells(study: Study) -> None:

@@ -125,7 +125,7 @@ def test_a_run_trains_on_its_part_and_resumes_on_it(
     everything = open_pictures(replace(settings, train_share=1.0), "train", cache=cache)
     assert 0.3 * len(everything) < len(whole.split) < 0.7 * len(everything)
     assert whole.order.samples == len(whole.split)
-    validation = open_pictures(settings, "val", cache=cache)
+    validation = open_pictures(replace(settings, train_share=1.0), "val", cache=cache)  # never cut
     assert len(whole.validation) == len(validation)
     known = " ".join(everything.part(0.5).sentences).lower().split()
     assert set(whole.split.tokenizer.state()["words"]) == set(known)
