@@ -15,11 +15,14 @@ from attbalance_ext.grounding.errors import UserError
 from attbalance_ext.grounding.experiment.record import FORMAT, Record, identity, load_record, record_path, write_record
 from attbalance_ext.grounding.settings import Settings
 
-RESULTS = {"samples": 7, "acc50": 5 / 7, "rho": [1 / 3, -2e-9], "by_size": {"small": 0.0}}
+POINT = {"acc50": 5 / 7, "acc70": 0.0, "miou": 0.25, "in_box": [0.5, 0.5], "rho": [1 / 3, -2e-9]}
+USED = {"used_in_box": [0.5, 0.5], "used_visual": [1.0, 1.0]}
+RESULTS = {"samples": 7, "valid": 6, **POINT, **USED, "by_size": {"small": 0.0}}
+ROUNDED = {**RESULTS, "acc50": 0.714286, "rho": [0.333333, -2e-9]}
 RECORD = Record(
     settings=Settings(loss=AttBalanceConfig(alpha_ar=0.1 + 0.2)).to_dict(),
     results={"fresh": RESULTS},
-    curve=[{"step": 100, "seconds": 1234567.89, "acc50": 0.123456789, "rho": [0.5]}],
+    curve=[{**POINT, "step": 100, "seconds": 1234567.89, "acc50": 0.123456789, "rho": [0.5]}],
     training={"adw": 1.23456789, "rho": [0.1]},
     seconds=12.3456789,
     step_ms=1e-7 / 3,
@@ -41,8 +44,8 @@ def test_comes_back_with_six_digits_of_results_and_all_of_a_setting(tmp_path: Pa
     assert Settings.from_dict(found.settings) == Settings(loss=AttBalanceConfig(alpha_ar=0.1 + 0.2))
     assert found == replace(
         RECORD,
-        results={"fresh": {**RESULTS, "acc50": 0.714286, "rho": [0.333333, -2e-9]}},
-        curve=[{"step": 100, "seconds": 1234570.0, "acc50": 0.123457, "rho": [0.5]}],
+        results={"fresh": ROUNDED},
+        curve=[{**POINT, "step": 100, "seconds": 1234570.0, "acc50": 0.123457, "rho": [0.5]}],
         training={"adw": 1.23457, "rho": [0.1]},
         seconds=12.3457,
         step_ms=3.33333e-08,
@@ -55,13 +58,15 @@ def test_comes_back_with_six_digits_of_results_and_all_of_a_setting(tmp_path: Pa
 def test_is_json_for_every_reader(tmp_path: Path) -> None:
     """The mean of nothing is not a number, which JSON does not know."""
     path = tmp_path / "a.json"
-    write_record(path, replace(RECORD, results={"fresh": {"miou": math.nan, "in_box": [math.nan, 1.0, math.inf]}}))
+    write_record(
+        path, replace(RECORD, results={"fresh": {**RESULTS, "miou": math.nan, "in_box": [math.nan, 1.0, math.inf]}})
+    )
 
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is no JSON")
 
     found = json.loads(path.read_text(), parse_constant=refuse)
-    assert found["results"] == {"fresh": {"miou": None, "in_box": [None, 1.0, None]}}
+    assert found["results"] == {"fresh": {**ROUNDED, "miou": None, "in_box": [None, 1.0, None]}}
     assert load_record(path).results == found["results"]
 
 
@@ -162,6 +167,13 @@ def whole() -> dict[str, Any]:
         (b"{}", "does not say its format"),
         (json.dumps({**whole(), "format": FORMAT + 1}).encode(), f"of format {FORMAT + 1}; this version reads"),
         (json.dumps({**whole(), "more": 1}).encode(), "is no record: its fields are"),
+        (
+            json.dumps({**whole(), "results": {"fresh": {}}}).encode(),
+            "is no record: results.fresh lacks acc50, acc70, by_",
+        ),
+        (json.dumps({**whole(), "results": {"fresh": 3}}).encode(), "is no record: results.fresh lacks everything"),
+        (json.dumps({**whole(), "results": None}).encode(), "is no record: results lacks everything"),
+        (json.dumps({**whole(), "curve": [{**POINT, "step": 1}]}).encode(), "is no record: curve[0] lacks seconds"),
         (json.dumps({"format": FORMAT, "settings": {}}).encode(), "is no record: its fields are settings"),
     ],
 )

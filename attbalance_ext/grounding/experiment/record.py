@@ -19,6 +19,10 @@ FORMAT = 1
 ELSEWHERE = ("device", "backend", "workers", "checkpoint_every", "data_root", "compile")
 """Settings that say where and how a run is computed, and not what."""
 
+POINT = {"step", "seconds", "acc50", "acc70", "miou", "in_box", "rho"}
+RESULT = POINT - {"step", "seconds"} | {"samples", "valid", "used_in_box", "used_visual", "by_size"}
+"""What a point of a curve and the result on a split say at least."""
+
 
 @dataclass(frozen=True)
 class Record:
@@ -79,7 +83,21 @@ def load_record(path: Path) -> Record:
         raise UserError(f"{path} is a record of format {version}; this version reads format {FORMAT}")
     if set(plain) != {item.name for item in fields(Record)}:
         raise UserError(f"{path} is no record: its fields are {', '.join(sorted(plain))}")
+    for name, table in {**_tables(plain["results"], "results"), **_tables(plain["curve"], "curve")}.items():
+        wanted = RESULT if name.startswith("results") else POINT
+        if not isinstance(table, dict) or not wanted <= set(table):
+            lacking = ", ".join(sorted(wanted - set(table))) if isinstance(table, dict) else "everything"
+            raise UserError(f"{path} is no record: {name} lacks {lacking}")
     return Record(**plain)
+
+
+def _tables(value: Any, name: str) -> dict[str, Any]:
+    """The tables in a table or list of them, by where they stand; ``value`` itself where it is neither."""
+    if isinstance(value, dict):
+        return {f"{name}.{key}": item for key, item in value.items()}
+    if isinstance(value, list):
+        return {f"{name}[{position}]": item for position, item in enumerate(value)}
+    return {name: value}
 
 
 def _rounded(value: Any) -> Any:
