@@ -132,6 +132,13 @@ def test_outcomes_count_every_sentence_once(runs: list[Run], make_trainer: Calla
     assert again == groups
 
 
+def test_every_rho_plotted_has_its_sample_size(runs: list[Run], written: str) -> None:
+    """The validation sentences whose box covers a visual token: the others have no attention in the box."""
+    (size,) = {point["valid"] for run in runs for point in run.history["validation"]}
+    assert 0 < size
+    assert written.count(f"n = {size:,}") == 3 + 3  # in-box attention and rho, per layer
+
+
 def test_summary_separates_times_with_and_without_terms(runs: list[Run], make_trainer: Callable[..., Trainer]) -> None:
     split = make_trainer("other").split
     times = [{**r, "step_ms": 30.0 if "attention" in r else 20.0} for r in runs[1].history["train"]]

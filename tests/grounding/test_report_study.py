@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from helpers_study import ACCURACY, add_records, make_record, make_study
+from helpers_study import ACCURACY, SPEC, add_records, make_record, make_study
 from typer.testing import CliRunner
 
 from attbalance_ext.grounding.commands import app
@@ -69,7 +70,7 @@ def test_where_it_does_not_help_the_page_says_why(tmp_path: Path) -> None:
     assert sentence.startswith("AttBalance against plain: -10.0 (-11.3 to -8.7) points, p < 0.001: worse. ")
     assert "attention in the box goes from 0.60 to 0.51 (as used: 0.30 to 0.25)" in sentence
     assert "rho from 0.60 to 0.51" in sentence
-    assert "weighted by 1.68 on average" in sentence
+    assert sentence.endswith("the box loss's mean weight from 1.00 to 1.68.")
 
 
 def test_one_seed_is_no_finding(tmp_path: Path) -> None:
@@ -134,3 +135,26 @@ def test_what_is_undefined_or_stopped_early_is_left_out(tmp_path: Path) -> None:
     assert section.results.rows[0][5] == "42.0 / 51.0 / 61.0"
     assert section.behaviour.rows[0][1] == "0.52"
     assert "each rho over 1,200 sentences" in section.plots[-1].svg
+
+
+def test_columns_are_the_splits_of_the_study(tmp_path: Path) -> None:
+    """And not those of a record, which another study may have evaluated on more, or in another order."""
+    spec = make_study(tmp_path)
+    for cell in spec.cells:
+        record = make_record(cell.settings.to_dict(), 0.5, splits=["val", "fresh_novel", "fresh"])
+        write_record(record_path(tmp_path, cell.settings), record)
+    assert study_page(findings(spec, tmp_path)).sections[0].results.columns[-1] == "acc@0.5 on fresh_novel"
+    one = make_study(tmp_path, SPEC.replace('baseline = "plain"', 'baseline = "plain"\nsplits = ["fresh_novel"]'))
+    assert study_page(findings(one, tmp_path)).sections[0].results.columns[-1] == "small / medium / large"
+
+
+def test_records_of_several_versions_of_the_data_are_told(tmp_path: Path) -> None:
+    spec = make_study(tmp_path)
+    add_records(spec, tmp_path)
+    assert "several versions of the data" not in study_page(findings(spec, tmp_path)).state
+    cell = spec.cells[0]
+    other = replace(make_record(cell.settings.to_dict(), 0.5, splits=spec.splits), data_version="another")
+    write_record(record_path(tmp_path, cell.settings), other)
+    page = study_page(findings(spec, tmp_path))
+    assert "several versions of the data" in page.state
+    assert any("data another" in line for line in page.machines)

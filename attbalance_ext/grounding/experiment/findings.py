@@ -22,8 +22,8 @@ class Row:
     variant: Variant
     records: dict[int, Record]
     """By seed."""
-    split: str
-    """The one that comparisons are made on: the study's first."""
+    splits: tuple[str, ...]
+    """The study's. Comparisons are made on the first."""
     comparisons: dict[str, Comparison]
     """In acc@0.5, by the name of the variant it is compared with, over the seeds that both have."""
 
@@ -33,7 +33,7 @@ class Row:
 
     def over_seeds(self, name: str, split: str | None = None, *, key: str | int | None = None) -> Interval:
         """A result (``acc50``, ``miou``, ...) of a split; ``key``: a layer of a list, or a name of a table."""
-        found = [self.records[seed].results[split or self.split][name] for seed in self.seeds]
+        found = [self.records[seed].results[split or self.splits[0]][name] for seed in self.seeds]
         return interval([value if key is None else value[key] for value in found])
 
     def of_training(self, name: str) -> Interval | None:
@@ -50,13 +50,20 @@ class Row:
         return interval([record.seconds for record in self.records.values()])
 
     @property
+    def box_weight(self) -> float:
+        """What the box loss was multiplied by, on average while the terms were on: its alpha and DAT's weights."""
+        dat = self.of_training("dat")
+        alpha = next(iter(self.records.values())).settings["loss"]["alpha_giou"]
+        return alpha * (1.0 if dat is None else dat.mean)
+
+    @property
     def valid(self) -> int:
         """Test sentences whose box covers a visual token: those that attention and rho are of."""
-        return next(iter(self.records.values())).results[self.split]["valid"]
+        return next(iter(self.records.values())).results[self.splits[0]]["valid"]
 
     @property
     def layers(self) -> int:
-        return len(next(iter(self.records.values())).results[self.split]["rho"])
+        return len(next(iter(self.records.values())).results[self.splits[0]]["rho"])
 
 
 @dataclass(frozen=True)
@@ -95,12 +102,15 @@ def findings(spec: Spec, folder: Path) -> Findings:
             continue
         record = read.setdefault(path, load_record(path)) if path not in read else read[path]
         if lacking := [split for split in spec.splits if split not in record.results]:
-            raise UserError(f"{path} has no results on {', '.join(lacking)}, which {spec.path} reports on")
+            raise UserError(
+                f"{path} has no results on {', '.join(lacking)}, which {spec.path} reports on; remove it and run "
+                f"attbalance experiment {spec.path} again, which only evaluates a run that is still there"
+            )
         found.setdefault((cell.data, cell.model, cell.variant), {})[cell.seed] = record
     if not found:
         raise UserError(f"{folder} has no record of {spec.path}; make them with: attbalance experiment {spec.path}")
     rows = [
-        Row(model, data, variant, records, spec.splits[0], _comparisons(found, data, model, variant, spec.splits[0]))
+        Row(model, data, variant, records, spec.splits, _comparisons(found, data, model, variant, spec.splits[0]))
         for data in spec.data
         for model in spec.models
         for variant in spec.variants.values()
@@ -140,6 +150,8 @@ def machines(records: Sequence[Record]) -> list[str]:
         machine: dict[str, Any] = record.machine
         code = f"commit {record.commit or 'unknown'}{' with changes' if record.modified else ''}"
         where = machine["gpu"] if record.settings["device"].startswith("cuda") else machine["cpu"]
-        return f"{where}, {machine['cpu threads']} threads a run; PyTorch {machine['torch']}; {code}; {record.date}"
+        data = f"data {record.data_version}" if record.data_version else "data in files"
+        threads = f"{machine['cpu threads']} threads a run"
+        return f"{where}, {threads}; PyTorch {machine['torch']}; {data}; {code}; {record.date}"
 
     return sorted({line(record) for record in records})

@@ -131,10 +131,17 @@ def _layer_charts(runs: Sequence[Run], key: str, label: str, y_range: tuple[floa
             "validation",
             lambda record, layer=layer: record[key][layer],
         )
-        title = f"Layer {layer + 1}" + ("" if layer in supervised else ", not supervised")
+        title = f"Layer {layer + 1}{'' if layer in supervised else ', not supervised'}, n = {_sample_size(runs)}"
         svg = line_chart(lines, label=f"{label}, layer {layer + 1}", size=NARROW, y_range=y_range, shade_until=shade)
         charts.append(Chart(title, svg))
     return charts
+
+
+def _sample_size(runs: Sequence[Run]) -> str:
+    """Validation sentences behind a point: those whose box covers a visual token, where the history says how many."""
+    points = [point for run in runs for point in run.history["validation"]]
+    sizes = sorted({point.get("valid", point["samples"]) for point in points})
+    return " to ".join(dict.fromkeys(f"{size:,}" for size in (sizes[:1] + sizes[-1:])))
 
 
 def _lines(runs: Sequence[Run], kind: str, value: Any) -> list[Line]:

@@ -81,7 +81,7 @@ def markdown(found: Findings) -> str:
 
 def results_table(rows: Sequence[Row]) -> Table:
     """How good: on the split that is compared on, on the others, and by the size of the box."""
-    _, *others = rows[0].records[rows[0].seeds[0]].results
+    others = rows[0].splits[1:]
     columns = ["variant", "seeds", "acc@0.5", "acc@0.7", "mean IoU", "small / medium / large"]
     columns += [f"acc@0.5 on {split}" for split in others]
     body = [
@@ -205,10 +205,8 @@ def _why(row: Row, against: Row) -> str:
     parts = [
         f"In the last layer attention in the box goes from {last('in_box')} (as used: {last('used_in_box')})",
         f"rho from {last('rho')}",
+        f"the box loss's mean weight from {against.box_weight:.2f} to {row.box_weight:.2f}",
     ]
-    weight = row.of_training("dat")
-    if weight is not None:
-        parts.append(f"the box loss was weighted by {weight.mean:.2f} on average")
     return "; ".join(parts) + "."
 
 
@@ -216,10 +214,13 @@ def _state(found: Findings) -> str:
     cells = len(found.spec.cells)
     done = cells - found.missing
     splits = ", ".join(found.spec.splits)
+    mixed = len({record.data_version for record in found.records}) > 1
+    warning = " These records are of several versions of the data, which must not be compared." if mixed else ""
     return (
         f"{done} of {cells} cells have been run, {len(found.records)} training runs; evaluated on {splits}. "
         "± and intervals: 95 % over training seeds (Student's t); the test sentences are the same for all. p: paired "
         "t-test over seeds, adjusted for the study's comparisons (Benjamini and Hochberg)."
+        f"{warning}"
     )
 
 

@@ -118,7 +118,9 @@ def rho(rows: Sequence[Row]) -> Plot:
     axes.set_ylabel("Spearman's rho")
     seeds = sorted({len(row.seeds) for row in rows})
     counts = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    size = f"each rho over {rows[0].valid:,} sentences, {counts} seed{'' if seeds == [1] else 's'} a point"
+    least, most = (f"{pick(row.valid for row in rows):,}" for pick in (min, max))  # a mask rule may leave some out
+    sentences = least if least == most else f"{least} to {most}"
+    size = f"each rho over {sentences} sentences, {counts} seed{'' if seeds == [1] else 's'} a point"
     axes.set_title(size, fontsize=9)
     _legend(figure, rows)
     return Plot(
