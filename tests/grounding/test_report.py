@@ -135,7 +135,7 @@ def test_outcomes_count_every_sentence_once(runs: list[Run], make_trainer: Calla
 def test_every_rho_plotted_has_its_sample_size(runs: list[Run], written: str) -> None:
     """The validation sentences whose box covers a visual token: the others have no attention in the box."""
     (size,) = {point["valid"] for run in runs for point in run.history["validation"]}
-    assert 0 < size
+    assert size > 0
     assert written.count(f"n = {size:,}") == 3 + 3  # in-box attention and rho, per layer
 
 
