@@ -23,7 +23,7 @@ class Record(NamedTuple):
     """What a tap reads in one layer."""
 
     query: Tensor
-    """(B, D), or (B, Q, D) where the tap has several queries."""
+    """What :meth:`Recorder._object_queries` makes (B, D) of, or (B, Q, D) where the tap has several queries."""
     key: Tensor
     """(B, S, ...): all key tokens; what follows S is D, flattened."""
     scale: float
@@ -110,10 +110,14 @@ class Recorder:
                 f"no recording of layer(s) {missing}: run the model inside `with tap.recording():`, fetch each "
                 "recording once, and tap a model before its first compiled call"
             )
-        records = [record for record in self._records if record is not None]
-        self._check_choice(query, records[0].query)
-        self._records = [None] * len(records)
         with torch.enable_grad():  # the graph is the recording's, wherever it is handed over
+            records = [
+                record._replace(query=self._object_queries(record.query, record.key))
+                for record in self._records
+                if record is not None
+            ]
+            self._check_choice(query, records[0].query)
+            self._records = [None] * len(records)
             return _hand_over(records, query, self._visual)
 
     def remove(self) -> None:
@@ -161,6 +165,10 @@ class Recorder:
                 f"layer {position} ran twice in one recording: fetch tap.attention() after each forward pass"
             )
         self._records[position] = Record(query, key, scale, padding, interposed)
+
+    def _object_queries(self, query: Tensor, key: Tensor) -> Tensor:
+        """What is left to do to a layer's ``query`` for (B, D), or (B, Q, D) of several, outside of the layer."""
+        return query
 
     def _forget(self) -> None:
         """Drop what hooks have left for each other: the forward pass has ended, or failed."""
