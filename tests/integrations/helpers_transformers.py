@@ -14,17 +14,28 @@ from transformers import (
     BertConfig,
     BertModel,
     Blip2QFormerConfig,
+    CLIPVisionConfig,
+    ConditionalDetrConfig,
+    ConditionalDetrModel,
+    DeepseekV3Config,
+    DeepseekV3Model,
     DetrConfig,
     DetrForObjectDetection,
     LlamaConfig,
+    LlavaConfig,
+    LlavaModel,
     Qwen2Config,
+    Qwen3Config,
+    Qwen3Model,
     ResNetConfig,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel
 from transformers.models.llama.modeling_llama import LlamaModel, rotate_half
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 
-from attbalance_ext.integrations.transformers import TransformersTap
+from attbalance_ext.integrations.transformers import TransformersTap, attention_modules
 
 BATCH, WIDTH = 2, 32
 DROPOUT = 0.1
@@ -103,11 +114,11 @@ class _Caller(nn.Module):
         return self.call(self.model, inputs)
 
 
-def randomised(model: nn.Module) -> nn.Module:
+def randomised(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
     for name, parameter in model.named_parameters():
         if "norm" not in name.lower() and parameter.requires_grad:
             nn.init.normal_(parameter, std=0.25)
-    return model.double()
+    return model.to(dtype)
 
 
 def leaf(*shape: int) -> Tensor:
@@ -262,3 +273,86 @@ def llama(attention: str = "sdpa") -> Host:
 
 
 HOSTS = {"bert": bert, "qformer": qformer, "detr": detr, "qwen2": qwen2, "llama": llama}
+
+
+# More kinds of attention, each with the forward pass that a test runs and the modules it taps.
+
+VISION = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
+
+
+def siglip() -> tuple[nn.Module, Callable[[Any], Any], list[nn.Module]]:
+    model, image = (
+        SiglipVisionModel(SiglipVisionConfig(**VISION, image_size=32, patch_size=8)),
+        torch.randn(2, 3, 32, 32),
+    )
+    return model, lambda model: model(image), attention_modules(model)
+
+
+def llava() -> tuple[nn.Module, Callable[[Any], Any], list[nn.Module]]:
+    """Image tokens among the words; the tower and the language model each have attention of their own."""
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**VISION, image_size=32, patch_size=8),
+        text_config=LlamaConfig(**DECODER),
+        image_token_index=15,
+    )
+    model = LlavaModel(config)
+    words = torch.tensor([[1, 2] + 16 * [15] + [3, 4, 5]]).expand(BATCH, -1)
+    image = torch.randn(BATCH, 3, 32, 32)
+    return (
+        model,
+        lambda model: model(input_ids=words, pixel_values=image),
+        attention_modules(model.language_model),
+    )
+
+
+def qwen3() -> tuple[nn.Module, Callable[[Any], Any], list[nn.Module]]:
+    """Normalises query and key heads before it rotates them."""
+    model = Qwen3Model(Qwen3Config(**DECODER, head_dim=8))
+    words, mask = torch.arange(2 * 9).view(BATCH, 9), present(9)
+    return model, lambda model: model(words, attention_mask=mask), attention_modules(model)
+
+
+def deepseek() -> tuple[nn.Module, Callable[[Any], Any], list[nn.Module]]:
+    """Latent attention: heads of query and key are wider than those of the value."""
+    config = DeepseekV3Config(
+        **{**DECODER, "num_key_value_heads": 4},
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=4,
+        v_head_dim=8,
+        first_k_dense_replace=2,
+    )
+    model = DeepseekV3Model(config)
+    words = torch.arange(2 * 9).view(BATCH, 9)
+    return model, lambda model: model(words), attention_modules(model)
+
+
+def conditional_detr() -> tuple[nn.Module, Callable[[Any], Any], list[nn.Module]]:
+    """Positions stand beside contents in the heads, and are not added to them."""
+    backbone = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, layer_type="basic", out_features=["stage4"]
+    )
+    config = ConditionalDetrConfig(
+        backbone_config=backbone,
+        d_model=WIDTH,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=40,
+        decoder_ffn_dim=40,
+        num_queries=6,
+    )
+    model = ConditionalDetrModel(config)
+    image = torch.randn(BATCH, 3, 96, 96)
+    return model, lambda model: model(image), [layer.encoder_attn for layer in model.decoder.layers]
+
+
+OTHERS = {
+    "siglip": siglip,
+    "llava": llava,
+    "qwen3": qwen3,
+    "deepseek_v3": deepseek,
+    "conditional_detr": conditional_detr,
+}

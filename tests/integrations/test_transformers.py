@@ -16,7 +16,7 @@ pytest.importorskip("transformers", minversion="5")
 
 from helpers_hosts import explicit_terms, relative_error
 from helpers_sync import no_host_sync
-from helpers_transformers import BATCH, DECODER, HOSTS, WIDTH, Host, bert, detr, llama, qwen2
+from helpers_transformers import BATCH, DECODER, HOSTS, OTHERS, WIDTH, Host, bert, detr, llama, qwen2, randomised
 from transformers import BertConfig, Gemma2Config, Gemma2Model, LxmertConfig, LxmertModel, ViltConfig
 from transformers.models.bert.modeling_bert import (
     ALL_ATTENTION_FUNCTIONS,
@@ -90,6 +90,22 @@ def test_rac_and_mrc_and_every_gradient_equal_the_explicit_ones(make: Callable[.
         else:
             assert error(actual[name], gradient) < host.bound, name
     assert sum(gradient is not None for gradient in expected.values()) > 10
+
+
+@pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
+def test_other_kinds_of_attention_against_their_own_weights(make: Callable[[], Any]) -> None:
+    """log w_j of a head is its score but for a constant, so the softmax of its mean over the heads is the map."""
+    model, run, modules = make()
+    model.set_attn_implementation("eager")
+    tap = TransformersTap(modules, query=-2)
+    weights: list[Tensor] = []
+    for module in modules:
+        module.register_forward_hook(lambda module, args, output: weights.append(output[1]))
+    with torch.no_grad(), tap.recording():
+        run(randomised(model, torch.float32).eval())
+    truth = torch.stack([w[:, :, -2].double().log().mean(1).softmax(-1) for w in weights])
+    assert truth.std() > 0.01
+    torch.testing.assert_close(attention_map(tap.attention()).double(), truth, rtol=1e-4, atol=1e-6)
 
 
 @IMPLEMENTATION
