@@ -49,7 +49,8 @@ class AttentionTap(Recorder):
     While it records, a layer is given a view of its key in the key's place (where the key requires grad): nobody may
     write to it in place, and PyTorch says so. Through that view the gradient of the keys comes back, not through the
     recording's own ``key``, which gets none from `attention_terms`.
-    Not valid for hosts with rotary embeddings inside attention: there, build :class:`QueryAttention` from q and k.
+    Not valid for hosts with rotary embeddings inside attention: there, build :class:`QueryAttention` from q and k, or
+    tap a Hugging Face model with `attbalance_ext.integrations.transformers.TransformersTap`.
 
     `torch.compile`: tap a model before its first compiled call, since compiled code does not notice hooks that come
     later. Activation checkpointing needs ``use_reentrant=False``; inside ``fullgraph=True`` also

@@ -152,7 +152,7 @@ class TransformersTap(Recorder):
         is_causal = arguments.get("is_causal")
         if is_causal is None:
             is_causal = getattr(heard.module, "is_causal", True)
-        if not is_causal or tokens == 1 or heard.implementation == "eager":
+        if not is_causal or tokens == 1 or heard.implementation in ("eager", None):  # which know no flag
             return hidden
         first = 0 if heard.implementation == "sdpa" else keys - tokens  # the key of the first query token
         places = self._queries.of(torch.arange(first, first + tokens, device=key.device)[None])  # (1,) or (1, Q)
@@ -173,7 +173,7 @@ class _Heard:
         assert forward is not None
         self.module, self.config = module, module.config
         self.listeners: list[Callable[..., None]] = []
-        self.implementation: str = module.config._attn_implementation
+        self.implementation: str | None = module.config._attn_implementation
         eager = next(name for name in forward.__code__.co_names if name.endswith("eager_attention_forward"))
         interface = forward.__globals__[_INTERFACE]
         self.attend = interface.get_interface(self.implementation, forward.__globals__[eager])

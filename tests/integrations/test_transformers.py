@@ -431,6 +431,23 @@ def test_the_masks_row_of_the_object_query(query: int | slice, kind: str) -> Non
     assert torch.equal(tap.attention(choice).padding, expected[:, [3, 1]])
 
 
+@pytest.mark.parametrize(("attention", "causal"), [("sdpa", True), ("eager", False), (None, False)])
+def test_causality_without_a_mask(attention: str | None, causal: bool) -> None:
+    """A flag to "sdpa". "eager", which is also what a module without a choice runs, does not look at it."""
+    module = bert_attention(is_causal=True).eval()
+    module.config._attn_implementation = attention
+    tap = TransformersTap([module], query=2)
+    x = torch.randn(2, 5, 16)
+    with tap.recording():
+        output = module(x)[0]
+    padding = tap.attention().padding
+    x[:, 3:] = 0
+    assert torch.allclose(module(x)[0][:, 2], output[:, 2]) is causal
+    assert (padding is not None) is causal
+    if causal:
+        assert padding.tolist() == 2 * [[False, False, False, True, True]]
+
+
 def test_flash_attentions_masks_are_read() -> None:
     """By the arguments alone: (B, M) with 0 at padding, causality as a flag. The attention itself is a stand-in."""
     from transformers import AttentionInterface
