@@ -129,11 +129,12 @@ class TransformersTap(Recorder):
         if heads != key_heads:
             dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
             query = query.to(dtype).unflatten(-2, (key_heads, heads // key_heads)).mean(-2)
-        return query.flatten(-2)
+        query = query.flatten(-2)
+        return query.expand(key.shape[0], *query.shape[1:])  # learned queries may be one for all samples
 
     def _hidden(self, heard: _Heard, query: Tensor, key: Tensor, mask: Any, arguments: dict[str, Any]) -> Tensor | None:
         """What the queries do not see: (B, M) or (B, Q, M), bool, True = hidden, or a float mask."""
-        batch, tokens, keys = query.shape[0], query.shape[2], key.shape[2]
+        batch, tokens, keys = key.shape[0], query.shape[2], key.shape[2]
         window = arguments.get("sliding_window")
         self._windows.add(window if window is not None and window < keys else None)
         if len(self._windows) > 1:
@@ -186,15 +187,17 @@ class _Heard:
         return getattr(self.config, name)
 
 
-def _heard(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+def _heard(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any
+) -> Any:
     """An implementation of attention that lets listeners know, then is the one that it stands for."""
     heard = module.config
     if not isinstance(heard, _Heard):
         raise RuntimeError(f"{type(module).__name__} calls its attention several times in one forward pass")
     module.config = heard.config
     for listen in heard.listeners:
-        listen(heard, query, key, mask, kwargs)
-    return heard.attend(module, query, key, value, mask, *args, **kwargs)
+        listen(heard, query, key, attention_mask, kwargs)
+    return heard.attend(module, query, key, value, attention_mask, *args, **kwargs)
 
 
 def _put_back(module: Any, args: Any, output: Any) -> None:

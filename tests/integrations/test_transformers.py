@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -429,6 +430,28 @@ def test_the_masks_row_of_the_object_query(query: int | slice, kind: str) -> Non
     rows = [1, 1] if query == 1 else [1, 0]
     expected = torch.stack([hidden.expand(2, 1, 5, 5)[sample, 0, row] for sample, row in enumerate(rows)])
     assert torch.equal(tap.attention(choice).padding, expected[:, [3, 1]])
+
+
+class Attend(BertSelfAttention):
+    """Calls the interface with what it is given, all by keyword."""
+
+    def forward(self, **arguments: Any) -> Tensor:
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        return attend(self, **arguments)[0]
+
+
+@pytest.mark.parametrize("query", [2, [2, 0]], ids=str)
+def test_learned_queries_that_are_one_for_all_samples_and_arguments_by_keyword(query: Any) -> None:
+    module = Attend(BertConfig(hidden_size=16, num_attention_heads=2, attn_implementation="sdpa"))
+    tap = TransformersTap([module], query=query)
+    q, k = torch.randn(1, 2, 3, 8, requires_grad=True), torch.randn(2, 2, 5, 8)
+    hidden = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with tap.recording():
+        output = module(query=q, key=k, value=k, attention_mask=~hidden[:, None, None])
+    attention = tap.attention(None if query == 2 else torch.zeros(2, dtype=torch.int64))
+    assert output.shape == (2, 3, 2, 8)
+    truth = ((q @ k.mT)[:, :, 2].mean(1) / math.sqrt(8)).masked_fill(hidden, -torch.inf).softmax(-1)
+    torch.testing.assert_close(attention_map(attention)[0], truth)
 
 
 @pytest.mark.parametrize(("attention", "causal"), [("sdpa", True), ("eager", False), (None, False)])
