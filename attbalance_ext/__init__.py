@@ -5,6 +5,8 @@ from attbalance_ext.correlation import spearman_rho
 from attbalance_ext.errors import BackendUnavailable
 from attbalance_ext.kernels.choose import available_backends
 from attbalance_ext.loss import AttBalanceConfig, AttBalanceLoss, AttBalanceOutput
+from attbalance_ext.protocol import Tap
+from attbalance_ext.recorder import Recorder
 from attbalance_ext.region import BoxRegion
 from attbalance_ext.tap import AttentionTap
 from attbalance_ext.teacher import MomentumTeacher
@@ -20,6 +22,8 @@ __all__ = [
     "BoxRegion",
     "MomentumTeacher",
     "QueryAttention",
+    "Recorder",
+    "Tap",
     "attention_map",
     "attention_terms",
     "available_backends",

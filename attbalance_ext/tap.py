@@ -8,35 +8,24 @@ N tokens, and the host keeps its fused attention.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attbalance_ext.attention import QueryAttention, with_offset
 from attbalance_ext.key_gradient import Interposed, interpose
+from attbalance_ext.recorder import Recorder, in_backward
 from attbalance_ext.sharding import is_unit
-
-# A float mask is added to the scores: below this a token's probability underflows to 0, whatever finite stand-in
-# for -inf the host uses.
-_MASKED = -1e4
+from attbalance_ext.tokens import SeveralTokens, Tokens
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class _Record(NamedTuple):
-    query: Tensor  # u, (B, D)
-    key: Tensor  # x, (B, N, D)
-    scale: float
-    padding: Tensor | None
-    offset: Tensor | None = None  # (B, N) zeros, takes the key's gradient
-
-
-class AttentionTap:
+class AttentionTap(Recorder):
     """Records the object query's attention in chosen `nn.MultiheadAttention` layers.
 
     ::
@@ -46,6 +35,13 @@ class AttentionTap:
             output = model(images, sentences)
         attention = tap.attention()
 
+    Which of several queries finds the object may be known after the forward pass only::
+
+        tap = AttentionTap([layer.multihead_attn for layer in decoder.layers], query=slice(0, 100))
+        with tap.recording():
+            boxes = model(images, sentences)
+        attention = tap.attention(query=matched(boxes))  # (B,) int64
+
     Gradients reach the layer's input and its query and key projections, as if the attention were computed explicitly.
     The hooks stay on the modules until :meth:`remove`. Deep copies and pickles of the model carry inert ones, and a
     copy of the tap itself counts as removed: tap the copy anew. The layers' ``key_padding_mask`` becomes the
@@ -53,7 +49,8 @@ class AttentionTap:
     While it records, a layer is given a view of its key in the key's place (where the key requires grad): nobody may
     write to it in place, and PyTorch says so. Through that view the gradient of the keys comes back, not through the
     recording's own ``key``, which gets none from `attention_terms`.
-    Not valid for hosts with rotary embeddings inside attention: there, build :class:`QueryAttention` from q and k.
+    Not valid for hosts with rotary embeddings inside attention: there, build :class:`QueryAttention` from q and k, or
+    tap a Hugging Face model with `attbalance_ext.integrations.transformers.TransformersTap`.
 
     `torch.compile`: tap a model before its first compiled call, since compiled code does not notice hooks that come
     later. Activation checkpointing needs ``use_reentrant=False``; inside ``fullgraph=True`` also
@@ -67,107 +64,47 @@ class AttentionTap:
 
     Args:
         modules: the L attention layers in order, sequence- or batch-first, self- or cross-attention.
-        query: index of the object query among the layer's query tokens.
-        visual: which of the layer's key tokens are the visual ones, in the grids' order.
+        query: index of the object query among the layer's query tokens, counted from the end if negative; or several
+            (a slice, a sequence of ints, an int64 tensor, a bool mask), of which :meth:`attention` is told one for each
+            sample.
+        visual: which of the layer's key tokens are the visual ones, in the grids' order: a slice, a sequence of ints,
+            an int64 tensor, or a bool mask over all of them. What a slice can say is read in place; other tokens are
+            copied.
 
     Raises:
-        TypeError: a module is not `nn.MultiheadAttention`, or ``query`` / ``visual`` is not an int / slice.
-        ValueError: no modules, or one module twice.
+        TypeError: a module is not `nn.MultiheadAttention`, or ``query`` or ``visual`` is none of these.
+        ValueError: no modules, one module twice, or an index that names no token or a token twice.
+
+    :meth:`recording` raises ``ValueError`` also for input that is not batched, for nested input where ``query`` or
+    ``visual`` counts from the end, and for a tapped layer that `fully_shard` was applied to by itself.
     """
 
     def __init__(
-        self, modules: Sequence[nn.MultiheadAttention], *, query: int = 0, visual: slice = slice(None)
+        self,
+        modules: Sequence[nn.MultiheadAttention],
+        *,
+        query: int | SeveralTokens = 0,
+        visual: SeveralTokens = slice(None),
     ) -> None:
         if isinstance(modules, nn.MultiheadAttention):
             raise TypeError("modules must be a sequence of nn.MultiheadAttention, got MultiheadAttention")
         modules = list(modules)
-        if not modules:
-            raise ValueError("modules is empty: give the nn.MultiheadAttention layers to supervise")
         for position, module in enumerate(modules):
             if not isinstance(module, nn.MultiheadAttention):
                 raise TypeError(f"modules[{position}] must be nn.MultiheadAttention, got {type(module).__name__}")
-        if len(set(map(id, modules))) != len(modules):
-            raise ValueError("modules names one layer twice; a layer that runs several times cannot be tapped")
-        if not isinstance(query, int):
-            raise TypeError(f"query must be an int, got {type(query).__name__}")
-        if not isinstance(visual, slice):
-            raise TypeError(f"visual must be a slice, got {type(visual).__name__}")
-        self._query, self._visual = query, visual
-        self._attached = True
-        self._recording = False
-        self._records: list[_Record | None] = [None] * len(modules)
+        super().__init__(modules, query=query, visual=visual)
         self._interposed: list[Interposed | None] = [None] * len(modules)
-        self._handles = [
-            handle
-            for position, module in enumerate(modules)
-            for handle in (
+        for position, module in enumerate(modules):
+            self._handles += [
                 module.register_forward_pre_hook(partial(self._interpose, position), with_kwargs=True),
                 module.register_forward_hook(partial(self._observe, position), with_kwargs=True),
-            )
-        ]
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Record the forward pass that runs inside; what was recorded before and not fetched is dropped.
-
-        Raises:
-            RuntimeError: the tap was removed or is a copy, or is recording already. Inside, from the model's forward
-                pass: a layer runs twice, or runs in training mode without gradients.
-            ValueError: inside: input that is not batched, ``query`` out of range, nested input where ``query`` or
-                ``visual`` counts from the end, or a tapped layer that `fully_shard` was applied to by itself.
-        """
-        if not self._attached:
-            raise RuntimeError("this tap was removed from its modules, or is a copy of one: make a new AttentionTap")
-        if self._recording:
-            raise RuntimeError("this tap is recording already")
-        self._records = [None] * len(self._records)
-        self._recording = True
-        try:
-            yield
-        finally:
-            self._recording = False
-            self._interposed = [None] * len(self._records)
-
-    def attention(self) -> QueryAttention:
-        """Hand over the last recording, L layers, and forget it: nothing stays in memory for the tap's sake.
-
-        Raises:
-            RuntimeError: nothing was recorded, or a layer did not run.
-        """
-        records, self._records = self._records, [None] * len(self._records)
-        missing = [position for position, record in enumerate(records) if record is None]
-        if missing:
-            raise RuntimeError(
-                f"no recording of layer(s) {missing}: run the model inside `with tap.recording():`, fetch each "
-                "recording once, and tap a model before its first compiled call"
-            )
-        recorded = [record for record in records if record is not None]
-        attention = QueryAttention(
-            [record.query for record in recorded],
-            [record.key for record in recorded],
-            [record.scale for record in recorded],
-            recorded[-1].padding,
-        )
-        return with_offset(attention, [record.offset for record in recorded])
-
-    def remove(self) -> None:
-        """Take the hooks off the modules."""
-        for handle in self._handles:
-            handle.remove()
-        self._attached = False
-        self._handles = []
-        self._records = [None] * len(self._records)
-        self._interposed = [None] * len(self._records)
+            ]
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state of copies and pickles. The hooks in a copy of the model belong to such a copy of the tap."""
-        return self.__dict__ | {
-            "_attached": False,
-            "_recording": False,
-            "_records": [None] * len(self._records),
-            "_interposed": [None] * len(self._records),
-            "_handles": [],
-        }
+        return super().__getstate__() | {"_interposed": [None] * len(self._interposed)}
+
+    def _forget(self) -> None:
+        self._interposed = [None] * len(self._interposed)
 
     def _interpose(
         self, position: int, module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -175,14 +112,19 @@ class AttentionTap:
         """Before a recorded layer: let its key's gradient come back in factors."""
         # Not in compiled code, where a function of our own breaks the graph inside of a checkpointed region, and the
         # sizes it notes down cost a compilation each. Not in a recomputation, whose graph only hands out saved tensors.
-        if not self._recording or torch.compiler.is_compiling() or _in_backward():
+        if torch.compiler.is_compiling() or not self._listening:
             return None
-        key = _key(args, kwargs)
+        query, key = _query_and_key(args, kwargs)
         if not isinstance(key, Tensor) or key.dim() != 3 or key.is_nested:
             return None
         if not (key.requires_grad and torch.is_grad_enabled()):
             return None
-        interposed = interpose(key, self._visual, _dtype(module), batch_first=module.batch_first)
+        tokens = key.shape[1 if module.batch_first else 0]
+        self._visual.check(tokens, "key")
+        if query is key:
+            self._queries.check(tokens, "query")
+        queries = self._queries if query is key else None
+        interposed = interpose(key, self._visual, _dtype(module), queries=queries, batch_first=module.batch_first)
         self._interposed[position] = interposed
         # Wherever the layer was given this tensor: whether query, key and value are one decides how it projects them.
         return (
@@ -205,34 +147,49 @@ class AttentionTap:
             # graph as the recorded forward pass. What cannot be read is the host's own business.
             if torch.is_grad_enabled():
                 with suppress(ValueError):
-                    _read(module, self._query, self._visual, args, kwargs)
+                    self._read(module, args, kwargs, None)
             return
-        record = _read(module, self._query, self._visual, args, kwargs)
-        if _in_backward():
-            return
-        if module.training and not torch.is_grad_enabled():
-            raise RuntimeError(
-                "a recording in training mode needs gradients: under no_grad, or reentrant activation checkpointing "
-                "(use_reentrant=False works), the gradient of the keys would be lost silently"
-            )
-        if self._records[position] is not None:
-            raise RuntimeError(
-                f"layer {position} ran twice in one recording: fetch tap.attention() after each forward pass"
-            )
         interposed, self._interposed[position] = self._interposed[position], None
-        if interposed is not None and _key(args, kwargs) is interposed.passed:  # no other hook has exchanged it
-            interposed.key_gradient.query = record.query.detach()
-            record = record._replace(offset=interposed.offset)
-        self._records[position] = record
+        if interposed is not None and _query_and_key(args, kwargs)[1] is not interposed.passed:
+            interposed = None  # another hook has exchanged the key
+        query, key, padding = self._read(module, args, kwargs, interposed)
+        if in_backward():
+            return
+        scale = 1 / (module.num_heads * math.sqrt(module.embed_dim // module.num_heads))
+        self._keep(position, module, query=query, key=key, scale=scale, padding=padding, interposed=interposed)
+
+    def _read(
+        self,
+        module: nn.MultiheadAttention,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        interposed: Interposed | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The folded queries, (B, D) or (B, Q, D), all key tokens (B, S, D), and the padding as the layer got it."""
+        if is_unit(module):  # its parameters would be gone when the recording's backward pass needs them
+            raise ValueError(
+                "fully_shard was applied to a tapped layer by itself: apply it to the block around the layer"
+            )
+        query, key = _query_and_key(args, kwargs)
+        if not isinstance(query, Tensor) or not isinstance(key, Tensor):
+            raise ValueError(
+                f"a tapped layer is called as forward(query, key, value, ...), not as {type(module).__name__} was"
+            )
+        rows = interposed.rows if interposed is not None and query is interposed.passed else None
+        padding = args[3] if len(args) > 3 else kwargs.get("key_padding_mask")
+        if query.is_nested or key.is_nested:
+            query, key, padding = _unnest(query, key, self._queries, self._visual)
+        elif query.dim() != 3:
+            raise ValueError(f"a tapped layer needs batched input (3-D), got shape {tuple(query.shape)}")
+        elif not module.batch_first:
+            query, key = query.transpose(0, 1), key.transpose(0, 1)
+        self._queries.check(query.shape[1], "query")
+        self._visual.check(key.shape[1], "key")
+        return _fold_projections(module, self._queries.of(query) if rows is None else rows), key, padding
 
 
-def _in_backward() -> bool:
-    """Whether the autograd engine is running, that is: this forward pass is a recomputation."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return args[1] if len(args) > 1 else kwargs.get("key")
+def _query_and_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    return args[0] if args else kwargs.get("query"), args[1] if len(args) > 1 else kwargs.get("key")
 
 
 def _dtype(module: nn.MultiheadAttention) -> torch.dtype:
@@ -241,45 +198,11 @@ def _dtype(module: nn.MultiheadAttention) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def _read(
-    module: nn.MultiheadAttention, index: int, visual: slice, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> _Record:
-    if is_unit(module):  # its parameters would be gone when the recording's backward pass needs them
-        raise ValueError("fully_shard was applied to a tapped layer by itself: apply it to the block around the layer")
-    query = args[0] if args else kwargs.get("query")
-    key = _key(args, kwargs)
-    if not isinstance(query, Tensor) or not isinstance(key, Tensor):
-        raise ValueError(
-            f"a tapped layer is called as forward(query, key, value, ...), not as {type(module).__name__} was"
-        )
-    mask = args[3] if len(args) > 3 else kwargs.get("key_padding_mask")
-    if query.is_nested or key.is_nested:
-        query, key, mask = _unnest(query, key, index, visual)
-    elif query.dim() != 3:
-        raise ValueError(f"a tapped layer needs batched input (3-D), got shape {tuple(query.shape)}")
-    elif not module.batch_first:
-        query, key = query.transpose(0, 1), key.transpose(0, 1)
-    if not -query.shape[1] <= index < query.shape[1]:
-        raise ValueError(f"query must index one of the layer's {query.shape[1]} query tokens, got {index}")
-    padding = None
-    if mask is not None:
-        padding = mask[:, visual]
-        if padding.dtype != torch.bool:
-            padding = padding < _MASKED
-    head_width = module.embed_dim // module.num_heads
-    return _Record(
-        query=_fold_projections(module, query[:, index]),
-        key=key[:, visual],
-        scale=1 / (module.num_heads * math.sqrt(head_width)),
-        padding=padding,
-    )
-
-
 def _fold_projections(module: nn.MultiheadAttention, x: Tensor) -> Tensor:
-    """u = W_k^T (W_q x + b_q), (B, D), in float32 (float64 for float64 weights) whatever autocast says."""
+    """u = W_k^T (W_q x + b_q) of (..., D), in float32 (float64 for float64 weights) whatever autocast says."""
     width = module.embed_dim
     if module._qkv_same_embed_dim:
-        weight_q, weight_k = module.in_proj_weight[:width], module.in_proj_weight[width : 2 * width]
+        weight_q, weight_k, _ = module.in_proj_weight.split(width)  # one node, where gradients of slices need two
     else:
         weight_q, weight_k = module.q_proj_weight, module.k_proj_weight
     bias_q = None if module.in_proj_bias is None else module.in_proj_bias[:width]
@@ -289,19 +212,19 @@ def _fold_projections(module: nn.MultiheadAttention, x: Tensor) -> Tensor:
         return q @ weight_k.to(dtype)
 
 
-def _unnest(query: Tensor, key: Tensor, index: int, visual: slice) -> tuple[Tensor, Tensor, Tensor]:
+def _unnest(query: Tensor, key: Tensor, queries: Tokens, visual: Tokens) -> tuple[Tensor, Tensor, Tensor]:
     """Dense (B, S, D) query and key and the (B, S) padding of nested ones (the encoder's fast path in eval mode).
 
-    A nested batch has forgotten how long its padded form was. Only ``visual.stop`` can restore that, so whatever counts
-    from the end is refused: it would mean other tokens from batch to batch.
+    A nested batch has forgotten how long its padded form was. Only the end of ``visual`` can restore that, so whatever
+    counts from the end is refused: it would mean other tokens from batch to batch.
     """
-    if index < 0 or visual.stop is None or visual.stop < 0 or (visual.start or 0) < 0:
+    if queries.end is None or visual.end is None:
         raise ValueError(
             "nested input has forgotten its padded length: give query and both ends of visual counted from the start, "
-            f"got query={index}, visual={visual}; or build nn.TransformerEncoder with enable_nested_tensor=False"
+            f"got query={queries}, visual={visual}; or build nn.TransformerEncoder with enable_nested_tensor=False"
         )
     lengths = [row.shape[0] for row in key.unbind()]
-    tokens = max([*lengths, visual.stop])
+    tokens = max([*lengths, visual.end])
     dense_query = query.to_padded_tensor(0.0)
     dense_key = key.to_padded_tensor(0.0, (key.size(0), tokens, key.size(2)))
     padding = torch.arange(tokens, device=key.device) >= torch.tensor(lengths, device=key.device)[:, None]

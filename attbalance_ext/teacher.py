@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from attbalance_ext.attention import QueryAttention
+from attbalance_ext.protocol import Tap
 from attbalance_ext.sharding import gathered, is_sharded, units
-from attbalance_ext.tap import AttentionTap
 
 
 class MomentumTeacher(nn.Module):
@@ -35,7 +35,7 @@ class MomentumTeacher(nn.Module):
 
     Args:
         model: the student; give the plain module, not a DistributedDataParallel or compiled wrapper of it.
-        make_tap: called once with the copy; returns the copy's :class:`AttentionTap`.
+        make_tap: called once with the copy; returns the copy's :class:`Tap`, an :class:`AttentionTap` for example.
         momentum: what the average keeps of its past in each update, in [0, 1]; the paper's is 0.9.
 
     Raises:
@@ -43,7 +43,7 @@ class MomentumTeacher(nn.Module):
         TypeError: make_tap returned something else.
     """
 
-    def __init__(self, model: nn.Module, make_tap: Callable[[nn.Module], AttentionTap], momentum: float = 0.9) -> None:
+    def __init__(self, model: nn.Module, make_tap: Callable[[nn.Module], Tap], momentum: float = 0.9) -> None:
         super().__init__()
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum must be in [0, 1], got {momentum!r}")
@@ -52,8 +52,8 @@ class MomentumTeacher(nn.Module):
         self.momentum = momentum
         self.module = copy.deepcopy(model).requires_grad_(False)
         tap = make_tap(self.module)
-        if not isinstance(tap, AttentionTap):
-            raise TypeError(f"make_tap must return an AttentionTap, got {type(tap).__name__}")
+        if not isinstance(tap, Tap):
+            raise TypeError(f"make_tap must return a tap, for example an AttentionTap, got {type(tap).__name__}")
         self._tap = tap
         self.eval()
 
@@ -86,15 +86,23 @@ class MomentumTeacher(nn.Module):
             torch._foreach_copy_(copies, currents)
 
     @torch.no_grad()
-    def attention(self, *args: Any, **kwargs: Any) -> QueryAttention:
-        """Run the teacher's forward pass on the student's inputs; its attention, without gradient."""
+    def attention(self, *args: Any, query: Tensor | None = None, **kwargs: Any) -> QueryAttention:
+        """Run the teacher's forward pass on the student's inputs; its attention, without gradient.
+
+        Args:
+            args, kwargs: what the model is called with. (Its own argument of the name ``query`` has to come by
+                position.)
+            query: for a tap with several queries, which of them is each sample's object query, (B,) int64. It is the
+                student's choice: the queries are the same ones, averaged, and student and teacher have to be compared
+                in the same one. So the teacher runs after the student's matching.
+        """
         with self._tap.recording():
             self.module(*args, **kwargs)
-        return self._tap.attention()
+        return self._tap.attention(query)
 
-    def forward(self, *args: Any, **kwargs: Any) -> QueryAttention:
+    def forward(self, *args: Any, query: Tensor | None = None, **kwargs: Any) -> QueryAttention:
         """The same as :meth:`attention`, so that wrappers which call modules work."""
-        return self.attention(*args, **kwargs)
+        return self.attention(*args, query=query, **kwargs)
 
 
 def _of_one_kind(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterable[tuple[list[Tensor], list[Tensor]]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -14,13 +16,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from attbalance_ext import AttentionTap, QueryAttention, attention_terms
 from attbalance_ext.key_gradient import interpose
+from attbalance_ext.tokens import Tokens
 
-VISUAL = {
+VISUAL: dict[str, Any] = {
     "all": slice(None),
     "end": slice(3, None),
     "middle": slice(2, -2),
     "every other": slice(1, 8, 2),
     "none": slice(4, 4),
+    "index": [7, 2, 3, 5],
+    "index from the end": [-1, 4],
 }
 
 
@@ -28,26 +33,26 @@ def leaf(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, dtype=dtype).requires_grad_()
 
 
-def whole(x: Tensor, query: Tensor, factor: Tensor, visual: slice, batch_first: bool) -> Tensor:
+def whole(x: Tensor, query: Tensor, factor: Tensor, visual: Any, batch_first: bool) -> Tensor:
     """dL/dx of the factors alone, written out."""
     out = torch.zeros_like(x)
     (out if batch_first else out.transpose(0, 1))[:, visual] = factor[..., None] * query[:, None]
     return out
 
 
-def interposed(x: Tensor, query: Tensor, visual: slice, *, batch_first: bool) -> tuple[Tensor, Tensor]:
-    passed, offset, key_gradient = interpose(x, visual, query.dtype, batch_first=batch_first)
-    key_gradient.query = query
-    return passed, offset
+def interposed(x: Tensor, query: Tensor, visual: Any, *, batch_first: bool) -> tuple[Tensor, Tensor]:
+    made = interpose(x, Tokens("visual", visual), query.dtype, batch_first=batch_first)
+    made.key_gradient.query = query
+    return made.passed, made.offset
 
 
 @pytest.mark.parametrize("batch_first", [True, False], ids=["batch_first", "sequence_first"])
 @pytest.mark.parametrize("visual", VISUAL.values(), ids=VISUAL)
-def test_adds_to_the_hosts_gradient(visual: slice, batch_first: bool) -> None:
+def test_adds_to_the_hosts_gradient(visual: Any, batch_first: bool) -> None:
     x, query = (leaf(2, 9, 4) if batch_first else leaf(9, 2, 4)), leaf(2, 4).detach()
     passed, offset = interposed(x, query, visual, batch_first=batch_first)
     assert torch.equal(passed, x)
-    assert offset.shape == (2, len(range(9)[visual]))
+    assert offset.shape == (2, len(range(9)[visual] if isinstance(visual, slice) else visual))
     assert not offset.any()
     incoming, factor = torch.randn_like(x), torch.randn_like(offset)
     expected = whole(x, query, factor, visual, batch_first).detach()
@@ -60,6 +65,45 @@ def test_adds_to_the_hosts_gradient(visual: slice, batch_first: bool) -> None:
     torch.testing.assert_close(in_a_graph, both, rtol=1e-15, atol=1e-15)
     assert torch.equal(alone, expected)
     assert same_bits(host, incoming)
+
+
+QUERIES = {"first": 0, "last": -1, "several": slice(1, 4), "every other": slice(0, None, 2)}
+
+
+@pytest.mark.parametrize("batch_first", [True, False], ids=["batch_first", "sequence_first"])
+@pytest.mark.parametrize("query", QUERIES.values(), ids=QUERIES)
+def test_adds_the_gradient_of_the_query_tokens(query: int | slice, batch_first: bool) -> None:
+    x, u = (leaf(2, 9, 4) if batch_first else leaf(9, 2, 4)), leaf(2, 4).detach()
+    queries, visual = Tokens("query", query, one=True), Tokens("visual", slice(2, -2))
+    passed, offset, rows, key_gradient = interpose(x, visual, x.dtype, queries=queries, batch_first=batch_first)
+    key_gradient.query = u
+    assert torch.equal(rows, (x if batch_first else x.transpose(0, 1))[:, query])
+    incoming, factor, own = torch.randn_like(x), torch.randn_like(offset), torch.randn_like(rows)
+    expected = torch.zeros_like(x)
+    (expected if batch_first else expected.transpose(0, 1))[:, query] = own
+    with poisoned_memory():
+        (found,) = torch.autograd.grad([passed, offset, rows], x, [incoming, factor, own], retain_graph=True)
+        (alone,) = torch.autograd.grad(rows, x, own, retain_graph=True)
+        (no_factor,) = torch.autograd.grad([passed, rows], x, [incoming, own], retain_graph=True)
+    (in_a_graph,) = torch.autograd.grad([passed, offset, rows], x, [incoming, factor, own], create_graph=True)
+    keys = whole(x, u, factor, slice(2, -2), batch_first).detach()
+    torch.testing.assert_close(found, incoming + keys + expected, rtol=1e-15, atol=1e-15)
+    torch.testing.assert_close(in_a_graph, found, rtol=1e-15, atol=1e-15)
+    assert torch.equal(alone, expected)
+    torch.testing.assert_close(no_factor, incoming + expected, rtol=1e-15, atol=1e-15)
+
+
+def test_the_query_tokens_come_in_the_factors_dtype() -> None:
+    x = leaf(2, 5, 4, dtype=torch.bfloat16)
+    queries = Tokens("query", 1, one=True)
+    passed, _, rows, _ = interpose(x, Tokens("visual", slice(2, 4)), torch.float32, queries=queries, batch_first=True)
+    assert rows.dtype == torch.float32
+    incoming, own = torch.randn_like(passed), torch.randn_like(rows)
+    (found,) = torch.autograd.grad([passed, rows], x, [incoming, own])
+    assert found.dtype == torch.bfloat16
+    expected = incoming.float()
+    expected[:, 1] += own
+    assert torch.equal(found, expected.bfloat16())  # rounded once
 
 
 def test_the_hosts_gradient_is_not_written_to() -> None:
@@ -114,6 +158,56 @@ def test_no_key_gradient_is_written_out(backend: str) -> None:
     with Calls() as calls:
         (output.sum() + terms.rac.sum()).backward()
     assert calls.need_key == [False] * 3
+
+
+class Launches(TorchDispatchMode):
+    """Counts what would be a launch on a device, by name."""
+
+    VIEWS = frozenset(("alias", "detach", "expand", "select", "slice", "split", "t", "transpose", "unsqueeze", "view"))
+    EMPTY = frozenset(("empty", "empty_like", "new_empty"))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        result = func(*args, **(kwargs or {}))
+        moves_nothing = name == "copy_" and not result.numel()
+        if name not in self.VIEWS | self.EMPTY and not moves_nothing:
+            self.names[name] += 1
+        return result
+
+
+@pytest.mark.parametrize("batch_first", [True, False], ids=["batch_first", "sequence_first"])
+def test_launches_of_a_tapped_layer(batch_first: bool) -> None:
+    """docs/performance.md counts them. Above all, no gradient of a few tokens is written among zeros for all."""
+
+    def count(tapped: bool, layers: int) -> Counter[str]:
+        blocks = [nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=batch_first) for _ in range(layers)]
+        tap = AttentionTap([block.self_attn for block in blocks], visual=slice(2, None)) if tapped else None
+        output = torch.randn(8, 8, 16, requires_grad=True)
+        with Launches() as launches:
+            with tap.recording() if tap else nullcontext():
+                for block in blocks:
+                    output = block(output)
+            loss = output.sum()
+            if tap:
+                loss = loss + attention_terms(tap.attention(), torch.rand(8, 6), backend="cpu").rac.sum()
+            loss.backward()
+        return launches.names
+
+    def added(layers: int) -> Counter[str]:
+        with_tap = count(True, layers)
+        with_tap.subtract(count(False, layers))
+        return with_tap
+
+    of_a_layer = added(3)
+    of_a_layer.subtract(added(2))
+    of_a_layer = +of_a_layer
+    assert "select_backward" not in of_a_layer
+    assert of_a_layer.pop("slice_backward") == 1  # of b_q in the layer's three biases: zeros and a copy
+    assert of_a_layer.total() + 2 == 18, of_a_layer
 
 
 @pytest.mark.parametrize("call", ["positions", "keywords", "mixed"])

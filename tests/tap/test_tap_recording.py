@@ -291,10 +291,10 @@ def test_wrong_arguments() -> None:
         AttentionTap([layer, nn.Linear(8, 8)])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="one layer twice"):
         AttentionTap([layer, layer])
-    with pytest.raises(TypeError, match="query must be an int, got float"):
+    with pytest.raises(TypeError, match="query must be an int, a slice or a sequence of ints, got float"):
         AttentionTap([layer], query=0.0)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="visual must be a slice, got tuple"):
-        AttentionTap([layer], visual=(1, 4))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="visual must be a slice or a sequence of ints, got int"):
+        AttentionTap([layer], visual=3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"modules must be a sequence of .*, got MultiheadAttention"):
         AttentionTap(layer)  # type: ignore[arg-type]
     assert not layer._forward_pre_hooks

@@ -70,6 +70,26 @@ def test_a_training_step(device: str, backend: str, rho: str | tuple[float, ...]
 
 
 @PLACES
+def test_a_query_of_its_own_for_each_sample(device: str, backend: str) -> None:
+    """Chosen after the forward pass, among queries and visual tokens that an index names."""
+
+    def tapped(model: Grounder) -> AttentionTap:
+        return AttentionTap(model.attention_layers(), query=[0, 5, -1], visual=[3, 1, 8, 6])
+
+    with torch.device(device):
+        model = Grounder()
+        visual, target = torch.randn(4, 16, 16), torch.rand(4, 4)
+        matched = torch.zeros(4, dtype=torch.int64)
+    tap, teacher = tapped(model), MomentumTeacher(model, tapped)
+    with no_host_sync():
+        with tap.recording():
+            model(visual)
+        students, teachers = tap.attention(matched), teacher.attention(visual, query=matched)
+        attention_terms(students, BoxRegion(target, (2, 2)), teacher=teachers, backend=backend).rac.sum().backward()
+    assert model.layers[0].self_attn.in_proj_weight.grad is not None
+
+
+@PLACES
 @pytest.mark.parametrize("rule", ["touch", "center", "coverage", "nearest"])
 def test_every_rule(device: str, backend: str, rule: str) -> None:
     with torch.device(device):

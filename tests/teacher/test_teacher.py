@@ -289,5 +289,5 @@ def test_momentum_out_of_range(model: WithBuffers, momentum: float) -> None:
 
 
 def test_make_tap_must_return_a_tap(model: WithBuffers) -> None:
-    with pytest.raises(TypeError, match="make_tap must return an AttentionTap, got NoneType"):
+    with pytest.raises(TypeError, match="make_tap must return a tap, for example an AttentionTap, got NoneType"):
         MomentumTeacher(model, lambda copy: None)  # type: ignore[arg-type, return-value]

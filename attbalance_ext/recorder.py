@@ -1,0 +1,226 @@
+"""What every tap has in common: L records, kept while it records and handed over once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from attbalance_ext.attention import QueryAttention, with_offset
+from attbalance_ext.key_gradient import Interposed
+from attbalance_ext.tokens import SeveralTokens, Tokens
+
+# A float mask is added to the scores: below this a token's probability underflows to 0, whatever finite stand-in
+# for -inf the host uses.
+_MASKED = -1e4
+
+
+class Record(NamedTuple):
+    """What a tap reads in one layer."""
+
+    query: Tensor
+    """What :meth:`Recorder._object_queries` makes (B, D) of, or (B, Q, D) where the tap has several queries."""
+    key: Tensor
+    """(B, S, ...): all key tokens; what follows S is D, flattened."""
+    scale: float
+    padding: Tensor | None
+    """(B, S), or (B, Q, S) where the queries differ in it: bool, True = ignore, or float, added to the scores."""
+    interposed: Interposed | None
+    """What takes the key's gradient in factors."""
+
+
+class Recorder:
+    """The base of every tap: all but how the layers of a host are read.
+
+    A subclass puts hooks on the modules and adds their handles to ``_handles``. Where ``_listening`` they call
+    :meth:`_keep`, once for each layer, with the tokens that ``_queries`` picks.
+
+    Args:
+        modules: the L attention layers in order.
+        query: the object query, an index among the layer's query tokens; or several (a slice, a sequence of ints, an
+            int64 tensor, a bool mask), of which :meth:`attention` is told one for each sample.
+        visual: which of the layer's key tokens are the visual ones, in the grids' order: a slice, a sequence of ints,
+            an int64 tensor, or a bool mask over all of them.
+
+    Raises:
+        TypeError: ``query`` or ``visual`` is none of these.
+        ValueError: no modules, one module twice, or an index that names no token or a token twice.
+    """
+
+    def __init__(
+        self, modules: Sequence[nn.Module], *, query: int | SeveralTokens = 0, visual: SeveralTokens = slice(None)
+    ) -> None:
+        if not modules:
+            raise ValueError("modules is empty: give the attention layers to supervise")
+        if len(set(map(id, modules))) != len(modules):
+            raise ValueError("modules names one layer twice; a layer that runs several times cannot be tapped")
+        self._queries, self._visual = Tokens("query", query, one=True), Tokens("visual", visual)
+        for device in {parameter.device for module in modules for parameter in module.parameters()}:
+            self._queries.put_on(device)
+            self._visual.put_on(device)
+        self._attached = True
+        self._recording = False
+        self._records: list[Record | None] = [None] * len(modules)
+        self._handles: list[RemovableHandle] = []
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record the forward pass that runs inside; what was recorded before and not fetched is dropped.
+
+        Raises:
+            RuntimeError: the tap was removed or is a copy, or is recording already. Inside, from the model's forward
+                pass: a layer runs twice, or runs in training mode without gradients.
+            ValueError: inside: a layer whose input cannot be read, or has not the tokens that were named.
+        """
+        if not self._attached:
+            kind = type(self).__name__
+            raise RuntimeError(f"this tap was removed from its modules, or is a copy of one: make a new {kind}")
+        if self._recording:
+            raise RuntimeError("this tap is recording already")
+        self._records = [None] * len(self._records)
+        self._recording = True
+        try:
+            yield
+        finally:
+            self._recording = False
+            self._forget()
+
+    def attention(self, query: Tensor | None = None) -> QueryAttention:
+        """Hand over the last recording, L layers, and forget it: nothing stays in memory for the tap's sake.
+
+        Args:
+            query: (B,) int64 on the recording's device, where the tap has several queries: which of them is each
+                sample's object query, 0 for the first, as a matching decides after the forward pass. The host does not
+                wait for its values. One that is out of range makes its sample's attention NaN.
+
+        Raises:
+            RuntimeError: nothing was recorded, or a layer did not run.
+            TypeError: the tap has several queries and ``query`` is not given, or it has one and ``query`` is given; or
+                ``query`` is not an int64 tensor.
+            ValueError: ``query`` has another shape or device.
+        """
+        missing = [position for position, record in enumerate(self._records) if record is None]
+        if missing:
+            self._records = [None] * len(self._records)
+            raise RuntimeError(
+                f"no recording of layer(s) {missing}: run the model inside `with tap.recording():`, fetch each "
+                "recording once, and tap a model before its first compiled call"
+            )
+        with torch.enable_grad():  # the graph is the recording's, wherever it is handed over
+            records = [
+                record._replace(query=self._object_queries(record.query, record.key))
+                for record in self._records
+                if record is not None
+            ]
+            self._check_choice(query, records[0].query)
+            self._records = [None] * len(records)
+            return _hand_over(records, query, self._visual)
+
+    def remove(self) -> None:
+        """Take the hooks off the modules."""
+        for handle in self._handles:
+            handle.remove()
+        self._attached = False
+        self._handles = []
+        self._records = [None] * len(self._records)
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state of copies and pickles. The hooks in a copy of the model belong to such a copy of the tap."""
+        return self.__dict__ | {
+            "_attached": False,
+            "_recording": False,
+            "_records": [None] * len(self._records),
+            "_handles": [],
+        }
+
+    @property
+    def _listening(self) -> bool:
+        """Whether a layer that runs now is to be kept: not where activation checkpointing runs it again."""
+        return self._recording and not in_backward()
+
+    def _keep(
+        self,
+        position: int,
+        module: nn.Module,
+        *,
+        query: Tensor,
+        key: Tensor,
+        scale: float,
+        padding: Tensor | None = None,
+        interposed: Interposed | None = None,
+    ) -> None:
+        """Keep the layer at ``position``, which is ``module``; see :class:`Record`."""
+        if module.training and not torch.is_grad_enabled():
+            raise RuntimeError(
+                "a recording in training mode needs gradients: under no_grad, or reentrant activation checkpointing "
+                "(use_reentrant=False works), the gradient of the keys would be lost silently"
+            )
+        if self._records[position] is not None:
+            raise RuntimeError(
+                f"layer {position} ran twice in one recording: fetch tap.attention() after each forward pass"
+            )
+        self._records[position] = Record(query, key, scale, padding, interposed)
+
+    def _object_queries(self, query: Tensor, key: Tensor) -> Tensor:
+        """What is left to do to a layer's ``query`` for (B, D), or (B, Q, D) of several, outside of the layer."""
+        return query
+
+    def _forget(self) -> None:
+        """Drop what hooks have left for each other: the forward pass has ended, or failed."""
+
+    def _check_choice(self, choice: Tensor | None, recorded: Tensor) -> None:
+        if not self._queries.several:
+            if choice is not None:
+                raise TypeError(f"the tap has one query, {self._queries}: attention() takes no choice of it")
+            return
+        if choice is None:
+            raise TypeError(
+                f"the tap has several queries, {self._queries}: say which with attention(query=...), int64 (B,)"
+            )
+        if not isinstance(choice, Tensor) or choice.dtype != torch.int64:
+            given = choice.dtype if isinstance(choice, Tensor) else type(choice).__name__
+            raise TypeError(f"query must be an int64 tensor (B,), got {given}")
+        batch, queries = recorded.shape[:2]
+        if queries == 0:
+            raise ValueError(f"query={self._queries} names none of the layer's query tokens")
+        if choice.shape != (batch,):
+            raise ValueError(f"query must be (B,) = ({batch},), got shape {tuple(choice.shape)}")
+        if choice.device != recorded.device:
+            raise ValueError(f"query must be on {recorded.device} like the recording, got {choice.device}")
+
+
+def in_backward() -> bool:
+    """Whether the autograd engine is running, that is: this forward pass is a recomputation."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _hand_over(records: Sequence[Record], choice: Tensor | None, visual: Tokens) -> QueryAttention:
+    padding = records[-1].padding
+    queries = [record.query for record in records]
+    if choice is not None:
+        inside = choice.clamp(0, queries[0].shape[1] - 1)
+        outside = (inside != choice)[:, None]
+        queries = [_chosen(query, inside).masked_fill(outside, torch.nan) for query in queries]
+        if padding is not None and padding.dim() == 3:
+            padding = _chosen(padding, inside)
+    if padding is not None:
+        padding = visual.of(padding)
+        if padding.dtype != torch.bool:
+            padding = padding < _MASKED
+    offsets = []
+    for record, query in zip(records, queries, strict=True):
+        if record.interposed is not None:
+            record.interposed.key_gradient.query = query.detach()
+        offsets.append(None if record.interposed is None else record.interposed.offset)
+    keys = [visual.of(record.key).flatten(2) for record in records]
+    return with_offset(QueryAttention(queries, keys, [record.scale for record in records], padding), offsets)
+
+
+def _chosen(several: Tensor, choice: Tensor) -> Tensor:
+    """(B, D) of (B, Q, D)."""
+    return several.gather(1, choice[:, None, None].expand(-1, 1, several.shape[2]))[:, 0]
