@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from attbalance_ext import MomentumTeacher
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXAMPLES = ROOT / "examples"
 FILES = sorted(path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.rglob("*.py"))
@@ -113,11 +115,27 @@ def teacher_weights(path: Path) -> dict[str, torch.Tensor]:
     return {key: value for key, value in weights.items() if key.startswith(f"{prefix}module.")}
 
 
+def counted(method: str, monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """Gets an entry whenever a teacher's method is called."""
+    calls: list[None] = []
+    original = getattr(MomentumTeacher, method)
+
+    def counting(*args: object, **kwargs: object) -> object:
+        calls.append(None)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(MomentumTeacher, method, counting)
+    return calls
+
+
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_stopped_run_goes_on_with_its_teacher(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    updates, looks = counted("update", monkeypatch), counted("attention", monkeypatch)
     for folder, *options in (("whole",), ("stopped", "--stop-after", "1"), ("stopped", "--resume")):
         out = str(tmp_path / folder)
         run(name, "--epochs", "3", "--batches", "4", "--out", out, *options, monkeypatch=monkeypatch)
+    assert len(updates) == 2 * 6  # in each of both: once a step, which is two batches
+    assert len(looks) == 2 * 8  # once a batch, in two epochs of three
     checkpoint = CHECKPOINTS[name].replace("-18", "-6")
     whole, stopped = (teacher_weights(tmp_path / folder / checkpoint) for folder in ("whole", "stopped"))
     assert whole
