@@ -79,5 +79,5 @@ $(VENV)/.torch: $(CONSTRAINTS) | $(VENV)/.created
 
 # ATTBALANCE_CPU=1: in a checkout C++ kernels that cannot be built are an error. CUDA: see setup.py.
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(NATIVE)
-	ATTBALANCE_CPU=1 $(PIP) install --progress-bar off -c $(CONSTRAINTS) --no-build-isolation -e '.[train,transformers,dev,triton]'
+	ATTBALANCE_CPU=1 $(PIP) install --progress-bar off -c $(CONSTRAINTS) --no-build-isolation -e '.[train,transformers,dev,triton,examples]'
 	@touch $@

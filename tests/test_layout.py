@@ -25,6 +25,7 @@ USERS = {  # and the other users that each may build on: whole training steps ar
     "benchmarks": tuple(
         f"{GROUNDING}.{name}" for name in ("errors", "models", "optimization", "provenance", "settings")
     ),
+    "examples": (f"{PACKAGE}.integrations",),
 }
 
 # What is outside the stable folders ties the binary to one PyTorch version. Kernel bodies (kernels.cuh) are
@@ -93,7 +94,7 @@ def relative(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("path", python_files(PACKAGE, "benchmarks"), ids=relative)
+@pytest.mark.parametrize("path", python_files(PACKAGE, "benchmarks", "examples"), ids=relative)
 def test_imports_point_down(path: Path) -> None:
     faults = layer_faults(path.read_text(), module_name(path), path.name == "__init__.py", public_names())
     assert not faults, f"{relative(path)} imports {faults}"
@@ -129,6 +130,8 @@ def test_imports_point_down(path: Path) -> None:
         ("benchmarks.suites.step", "from attbalance_ext.grounding.train import Trainer", True),
         ("attbalance_ext.grounding.train", "from attbalance_ext.integrations import transformers", True),
         ("benchmarks.suites.op", "from attbalance_ext.kernels.attention_terms import reference", True),
+        ("examples.detr", "from attbalance_ext.integrations.transformers import TransformersTap", False),
+        ("examples.detr", "from attbalance_ext.tap import AttentionTap", True),
     ],
 )
 def test_layer_rule_itself(module: str, source: str, is_fault: bool) -> None:

@@ -1,0 +1,133 @@
+"""A loop under Accelerate with AttBalance: gradient accumulation, bf16, and a teacher that is saved and restored.
+
+    python examples/accelerate_loop.py                 # writes runs/accelerate
+    python examples/accelerate_loop.py --stop-after 2  # stops early, as if killed ...
+    python examples/accelerate_loop.py --resume        # ... and goes on, with the teacher as it was
+
+Lines that end in `# +` are what AttBalance adds to plain training. Needs `pip install accelerate`.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from attbalance_ext import AttBalanceLoss, AttentionTap, BoxRegion, MomentumTeacher, attention_terms  # +
+
+
+def make_tap(model: nn.Module) -> AttentionTap:  # +
+    return AttentionTap([layer.self_attn for layer in model.encoder.layers[-4:]], query=0, visual=slice(2, 66))  # +
+
+
+def train(model: nn.Module, accelerator: Accelerator, args: argparse.Namespace) -> None:
+    # Not shuffled, so that a run that stops and goes on sees what it would have seen.
+    loader = DataLoader(TensorDataset(*scenes(16 * args.batches, seed=0)), batch_size=16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    criterion = AttBalanceLoss()  # + in place of L1 + GIoU
+    tap = make_tap(model)  # + tap and teacher before `prepare`, which wraps the model
+    teacher = MomentumTeacher(model, make_tap).to(accelerator.device)  # +
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    accelerator.register_for_checkpointing(teacher)  # + so save_state and load_state have it
+    out, first = Path(args.out), 0
+    if args.resume:
+        last = max(out.glob("epoch_*"))
+        accelerator.load_state(last)
+        first = int(last.name.removeprefix("epoch_"))
+    for epoch in range(first, args.stop_after or args.epochs):
+        for pictures, words, boxes in loader:
+            with accelerator.accumulate(model):
+                with tap.recording():  # +
+                    predicted = model(pictures, words)
+                terms = None  # + the plain box loss, in the last third
+                if epoch < 2 * args.epochs // 3:  # +
+                    with accelerator.autocast():  # +
+                        seen = teacher.attention(pictures, words)  # +
+                    terms = attention_terms(tap.attention(), BoxRegion(boxes, (8, 8)), teacher=seen)  # +
+                loss = criterion(terms, predicted, boxes).loss
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            if accelerator.sync_gradients:  # + the optimizer has stepped, however many batches were accumulated
+                teacher.update(model)  # +
+        accelerator.save_state(out / f"epoch_{epoch + 1:03}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=6, help="the terms are on for the first two thirds")
+    parser.add_argument("--stop-after", type=int, help="epochs after which to stop")
+    parser.add_argument("--batches", type=int, default=50, help="batches an epoch; two of them make a step")
+    parser.add_argument("--out", default="runs/accelerate")
+    parser.add_argument("--resume", action="store_true")
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    model = Grounder()
+    report("before", model)
+    train(model, Accelerator(mixed_precision="bf16", gradient_accumulation_steps=2), args)
+    report("after", model)
+
+
+COLOURS = torch.tensor(
+    [[0.9, 0.1, 0.1], [0.1, 0.8, 0.2], [0.2, 0.3, 0.9], [0.9, 0.8, 0.1], [0.8, 0.2, 0.8], [0.1, 0.8, 0.8]]
+)
+
+
+class Grounder(nn.Module):
+    """Patches, a word and REG through one encoder."""
+
+    def __init__(self, dim: int = 32, patch: int = 4) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(5, dim, patch, stride=patch)
+        self.words = nn.Embedding(len(COLOURS), dim)
+        self.reg = nn.Parameter(torch.randn(1, dim) * 0.02)
+        layer = nn.TransformerEncoderLayer(dim, 4, 2 * dim, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
+        self.head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 4))
+
+    def forward(self, pictures: Tensor, words: Tensor) -> Tensor:
+        """pictures (B, 5, 32, 32), words (B,) -> boxes (B, 4), cxcywh in [0, 1]."""
+        visual = self.patches(pictures).flatten(2).transpose(1, 2)
+        reg = self.reg.expand(len(pictures), 1, -1)
+        tokens = torch.cat([reg, self.words(words)[:, None], visual], dim=1)
+        return self.head(self.encoder(tokens)[:, 0]).sigmoid()
+
+
+def scenes(count: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor, Tensor]:
+    """Pictures (B, 5, size, size): red, green, blue, x, y; the colour asked for (B,); its box (B, 4)."""
+    generator = torch.Generator().manual_seed(seed)
+    pixel = (torch.arange(size) + 0.5) / size
+    pictures = 0.2 * torch.rand(count, 3, size, size, generator=generator)
+    colours = torch.rand(count, len(COLOURS), generator=generator).argsort(1)
+    for drawn in range(4):
+        extent = 0.2 + 0.3 * torch.rand(count, 2, generator=generator)
+        centre = extent / 2 + torch.rand(count, 2, generator=generator) * (1 - extent)
+        across, down = ((pixel - centre[..., None]).abs() < extent[..., None] / 2).unbind(1)
+        inside = (down[:, :, None] & across[:, None, :])[:, None]
+        pictures = torch.where(inside, COLOURS[colours[:, drawn], :, None, None], pictures)
+    y, x = torch.meshgrid(pixel, pixel, indexing="ij")
+    places = torch.stack([x, y]).expand(count, -1, -1, -1)
+    return torch.cat([pictures, places], dim=1), colours[:, 3], torch.cat([centre, extent], dim=1)
+
+
+@torch.no_grad()
+def report(name: str, model: Grounder) -> None:
+    """The box loss, accuracy at IoU 0.5 and attention in the box (last layer) on 200 pictures not trained on."""
+    pictures, words, boxes = scenes(200, seed=10**6)
+    model.cpu().eval()
+    tap = make_tap(model)
+    with tap.recording():
+        predicted = model(pictures, words)
+    in_box = attention_terms(tap.attention(), BoxRegion(boxes, (8, 8))).in_box[-1].mean()
+    tap.remove()
+    model.train()
+    output = AttBalanceLoss()(None, predicted, boxes)
+    accuracy = (output.iou >= 0.5).float().mean()
+    print(f"{name:<7} loss {output.loss:.3f}  accuracy {accuracy:6.1%}  attention in the box {in_box:.3f}")
+
+
+if __name__ == "__main__":
+    main()
