@@ -31,16 +31,20 @@ def _rewrite(obj: griffe.Object) -> None:
 
 def markdown(docstring: str, obj: griffe.Object) -> str:
     """The docstring of ``obj`` without roles, literal blocks and doctests."""
-    linked = _ROLE.sub(lambda role: f"[`{role[1]}`][{_path(role[1], obj)}]", docstring)
+    linked = _ROLE.sub(lambda role: _linked(role[1], obj), docstring)
     return _DOCTEST.sub(r"```pycon\n\1\n```", _LITERAL.sub(_fenced, linked))
 
 
-def _path(name: str, obj: griffe.Object) -> str:
-    """A method is named inside its own class, everything else as users import it."""
+def _linked(name: str, obj: griffe.Object) -> str:
+    """A method is named inside of its own class, everything else as users import it; what they do not is no link."""
+    exports = obj.package.exports or ()
     owner = obj if obj.is_class else obj.parent
-    if owner is not None and owner.is_class and name in owner.members:
-        return f"{owner.path}.{name}"
-    return f"attbalance_ext.{name}"
+    if isinstance(owner, griffe.Class) and name in owner.all_members and not name.startswith("_"):
+        path = f"{obj.package.path}.{owner.name}" if owner.name in exports else owner.path
+        return f"[`{name}`][{path}.{name}]"
+    if name in exports:
+        return f"[`{name}`][{obj.package.path}.{name}]"
+    return f"`{name}`"
 
 
 def _fenced(match: re.Match[str]) -> str:

@@ -6,15 +6,17 @@ On a line of its own in a page:
     <!-- include README.md#top -->          what comes before the first section, without the title
     <!-- include CONTRIBUTING.md -->        all of it, title included
     <!-- include examples/tutorial.py -->   a program, folded
-    <!-- reference package.module.Name -->  the reference of what is not in `attbalance_ext/__init__.py`
+    <!-- compare OLD.py NEW.py -->          a program, and what makes another one of it
+    <!-- reference package.module.Name -->  its entry in the reference
 
-With ", if it exists" before the arrow a file that is missing is left out; without, it is an error. Links are written as
+With ", if it exists" before the arrow what is missing is left out; without, it is an error. Links are written as
 they work in the file they stand in. A link to a page of the site is kept, one to another file of the checkout becomes
 its text.
 """
 
 from __future__ import annotations
 
+import difflib
 import posixpath
 import re
 from collections.abc import Callable
@@ -34,6 +36,7 @@ SHOWN_ON = {
 }
 
 _INCLUDE = re.compile(r"<!-- include ([^\s#,]+)(?:#([\w-]+))?(, if it exists)? -->")
+_COMPARE = re.compile(r"<!-- compare ([^\s,]+) ([^\s,]+)(, if it exists)? -->")
 _REFERENCE = re.compile(r"<!-- reference ([\w.]+)(, if it exists)? -->")
 _HEADING = re.compile(r"(#+) (.+)")
 _LINK = re.compile(r"\[([^\[\]]*)\]\(([^()\s]+)\)")
@@ -52,6 +55,8 @@ def expand(markdown: str, path: str) -> str:
             level = len(heading[1])
         elif not is_code and (include := _INCLUDE.fullmatch(line)):
             line = _included(include[1], include[2], path, level, optional=bool(include[3]))
+        elif not is_code and (compare := _COMPARE.fullmatch(line)):
+            line = _compared(compare[1], compare[2], path, optional=bool(compare[3]))
         elif not is_code and (reference := _REFERENCE.fullmatch(line)):
             line = _reference(reference[1], path, optional=bool(reference[2]))
         lines.append(line)
@@ -95,9 +100,20 @@ def _included(source: str, slug: str | None, path: str, level: int, *, optional:
     return _map(_relink(text, source, path), lambda line: _moved(line, level - depth))
 
 
+def _compared(old: str, new: str, path: str, *, optional: bool) -> str:
+    for source in (old, new):
+        if not (ROOT / source).is_file():
+            return _missing(f"{path} compares {source}", optional)
+    texts = [(ROOT / source).read_text() for source in (old, new)]
+    lines = [text.splitlines() for text in texts]
+    changes = "\n".join(difflib.unified_diff(*lines, old, new, lineterm=""))
+    return f"```diff\n{changes}\n```\n\n{_folded(old, texts[0])}\n{_folded(new, texts[1])}"
+
+
 def _reference(name: str, path: str, *, optional: bool) -> str:
-    module = name.rpartition(".")[0].replace(".", "/")
-    if not (ROOT / f"{module}.py").is_file() and not (ROOT / module / "__init__.py").is_file():
+    module, _, attribute = name.rpartition(".")
+    files = [ROOT / f"{module.replace('.', '/')}{end}" for end in (".py", "/__init__.py")]
+    if not any(file.is_file() and re.search(rf"\b{attribute}\b", file.read_text()) for file in files):
         return _missing(f"{path} shows the reference of {name}", optional)
     return f"::: {name}"
 

@@ -130,7 +130,8 @@ def equations_are_drawn(site: Path) -> None:
 
 def programs_are_shown(site: Path) -> None:
     text = "".join(file.read_text() for file in site.glob("*.html"))
-    assert not [file.name for file in ROOT.glob("examples/*.py") if f"All of examples/{file.name}" not in text]
+    programs = [str(file.relative_to(ROOT)) for file in ROOT.glob("examples/**/*.py")]
+    assert not [program for program in programs if f"All of {program}" not in text]
 
 
 def search_finds(site: Path) -> None:
