@@ -8,6 +8,7 @@ import importlib.util
 import io
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.distributed.run
 import typer
 
@@ -126,7 +128,7 @@ def _python(arguments: list[str]) -> None:
     elif importlib.util.find_spec(module) is None:
         raise WrongCommand(f"there is no module {module}")
     else:
-        _options([sys.executable, "-m", module], rest)
+        _options(module, rest, _help(module))
 
 
 def _torchrun(arguments: list[str]) -> None:
@@ -140,7 +142,7 @@ def _torchrun(arguments: list[str]) -> None:
 
 
 def _pip(arguments: list[str]) -> None:
-    _options([sys.executable, "-m", "pip", arguments[0]], arguments[1:])
+    _options("pip", arguments[1:], _help_of_a_process("pip", arguments[0]))
     for extras in re.findall(r"\[([\w,]+)\]", " ".join(arguments)):
         for extra in extras.split(","):
             if f"\n{extra} = [" not in (ROOT / "pyproject.toml").read_text():
@@ -148,7 +150,7 @@ def _pip(arguments: list[str]) -> None:
 
 
 def _pytest(arguments: list[str]) -> None:
-    _options([sys.executable, "-m", "pytest"], arguments)
+    _options("pytest", arguments, _help_of_a_process("pytest", "--noconftest"))
     for before, word in zip(["", *arguments], arguments, strict=False):
         if before == "-m" and not any(marker in word for marker in MARKERS):
             raise WrongCommand(f"pytest has no marker {word!r}")
@@ -156,17 +158,26 @@ def _pytest(arguments: list[str]) -> None:
             raise WrongCommand(f"there is no {word}")
 
 
-def _options(program: list[str], arguments: list[str]) -> None:
-    known = _help(tuple(program))
+def _options(program: str, arguments: list[str], known: str) -> None:
     for word in arguments:
         option = word.partition("=")[0]
         if option.startswith("-") and not re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", known):
-            raise WrongCommand(f"{' '.join(program[1:])} has no option {option}")
+            raise WrongCommand(f"{program} has no option {option}")
 
 
 @functools.cache
-def _help(program: tuple[str, ...]) -> str:
-    done = subprocess.run([*program, "--help"], cwd=ROOT, capture_output=True, text=True)
+def _help(module: str) -> str:
+    """What ``python -m module --help`` prints: in this process, where PyTorch is imported already."""
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+        patch.setattr(sys, "argv", [module, "--help"])
+        runpy.run_module(module, run_name="__main__")
+    return said.getvalue()
+
+
+@functools.cache
+def _help_of_a_process(*program: str) -> str:
+    done = subprocess.run([sys.executable, "-m", *program, "--help"], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise WrongCommand(f"{' '.join(program)} --help: {done.stderr.strip()}")
     return done.stdout
