@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import html
 import re
+from importlib.metadata import distribution
 from pathlib import Path
 
-import ziamath
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
@@ -14,7 +14,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 # What few machines have, a font for equations, comes with this package. site.css names the file.
-_FONT = Path(ziamath.__file__).parent / "fonts" / "STIXTwoMath-Regular.ttf"
+_FONT = Path(str(distribution("ziamath").locate_file("ziamath/fonts/STIXTwoMath-Regular.ttf")))
 
 _EQUATION = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 _SIGN = re.compile(r"(<mo[^>]*>(?:&#x0003D;|&#x00028;|\()</mo>)<mo>&#x02212;</mo>")  # a minus after "=" or "("

@@ -20,6 +20,9 @@ from helpers_blocks import PAGES, ROOT, headings, without_blocks
 import attbalance_ext
 
 pytest.importorskip("mkdocs", reason="the site needs the extra `docs`")
+from mkdocs.exceptions import PluginError
+
+from scripts.docs import pages as includes
 
 # What a browser fetches by itself, as opposed to what a reader may click on.
 FETCHED = {
@@ -150,11 +153,6 @@ def search_finds(site: Path) -> None:
 
 def test_links_on_github() -> None:
     """Links between Markdown files, as they are read without the site."""
-    sys.path.insert(0, str(ROOT / "scripts/docs"))
-    try:
-        from pages import slugify
-    finally:
-        sys.path.pop(0)
     faults = []
     for page in PAGES:
         for target in re.findall(r"\]\(([^()\s]+)\)", without_blocks(page.read_text())):
@@ -162,9 +160,35 @@ def test_links_on_github() -> None:
             if re.match(r"\w+:", path):
                 continue
             file = page.parent / path if path else page
-            if not file.exists() or (anchor and anchor not in map(slugify, headings(file.read_text()))):
+            if not file.exists() or (anchor and anchor not in map(includes.slugify, headings(file.read_text()))):
                 faults.append(f"{page.name}: {target}")
     assert not faults
+
+
+README = (
+    "title\n\n# T\n\ntop\n\n## A b, c\n\n[x](docs/faq.md#y)\n\n```sh\n## no\n```\n\n### Deep\n\n[s](s.py)\n\n## Z\n"
+)
+
+
+def test_what_pages_include(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(includes, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    for name, text in {"README.md": README, "docs/faq.md": "", "s.py": "A = 1\n"}.items():
+        (tmp_path / name).write_text(text)
+
+    def expand(comment: str) -> str:
+        return includes.expand(f"# Page\n\n### Here\n\n<!-- {comment} -->", "docs/page.md").split("### Here\n\n")[1]
+
+    assert expand("include README.md#top") == "top"
+    # The link is the page's own, headings hang below the page's, and the one to no page of the site is text.
+    assert expand("include README.md#a-b-c") == "[x](faq.md#y)\n\n```sh\n## no\n```\n\n#### Deep\n\ns"
+    assert expand("include s.py") == '??? example "All of s.py"\n\n    ```python\n    A = 1\n    ```\n'
+    assert expand("include gone.py, if it exists") == expand("reference s.B, if it exists") == ""
+    assert expand("reference s.A") == "::: s.A"
+    assert "+A = 1" not in expand("compare s.py s.py")
+    for wrong in ("include gone.py", "include README.md#gone", "reference s.B", "compare s.py gone.py"):
+        with pytest.raises(PluginError, match=r"gone|s\.B"):
+            expand(wrong)
 
 
 def test_faults_are_seen(tmp_path: Path) -> None:
