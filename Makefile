@@ -16,7 +16,7 @@ CPP_FILES    = $(shell git ls-files --cached --others --exclude-standard '*.h' '
 # cmake and ninja come with the environment; the system's are not needed.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help setup test test-gpu check-cuda check-triton lint format bench demo clean
+.PHONY: help setup test test-gpu check-cuda check-triton lint format docs docs-serve bench demo clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -46,6 +46,15 @@ format: $(VENV)/.installed  ## rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(if $(CPP_FILES),$(BIN)/clang-format -i $(CPP_FILES))
+
+# The theme's makers advertise their next tool in every build.
+docs docs-serve: export NO_MKDOCS_2_WARNING := 1
+
+docs: $(VENV)/.installed  ## build the site into build/site, a warning being an error
+	$(BIN)/mkdocs build --strict
+
+docs-serve: $(VENV)/.installed  ## show the site, and again after every change
+	$(BIN)/mkdocs serve
 
 bench: $(VENV)/.installed  ## time the op on this machine's CPU and print the table
 	$(BIN)/python -m benchmarks run --suite op --device cpu
@@ -79,5 +88,5 @@ $(VENV)/.torch: $(CONSTRAINTS) | $(VENV)/.created
 
 # ATTBALANCE_CPU=1: in a checkout C++ kernels that cannot be built are an error. CUDA: see setup.py.
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(NATIVE)
-	ATTBALANCE_CPU=1 $(PIP) install --progress-bar off -c $(CONSTRAINTS) --no-build-isolation -e '.[train,transformers,dev,triton,examples]'
+	ATTBALANCE_CPU=1 $(PIP) install --progress-bar off -c $(CONSTRAINTS) --no-build-isolation -e '.[train,transformers,dev,triton,docs,examples]'
 	@touch $@

@@ -33,7 +33,7 @@ class QueryAttention:
     Args:
         query: L tensors (B, D), or one tensor for L = 1.
         key: L tensors (B, N, D), or one tensor for L = 1. Any layout whose last dimension is contiguous is read in
-        place.
+            place.
         scale: multiplies ``q . k``; one number for every layer, or L numbers.
         padding: (B, N) bool, True = ignore. A tap fills it from the host's own mask.
 

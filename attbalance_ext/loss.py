@@ -37,7 +37,8 @@ class AttBalanceConfig:
         rho_momentum: what "ema" keeps of its past each training step, in [0, 1).
         difficulty_from: what W_adw is computed from: "sum" over layers (as the paper writes it) | "mean" | "last" one.
         detach_difficulty: stop the gradient through W_adw.
-        adw, odw: False sets the actual, objective difficulty weight to 1.
+        adw: False sets the actual difficulty weight W_adw to 1.
+        odw: False sets the objective difficulty weight W_odw to 1.
 
     Raises:
         ValueError: an unknown name, a momentum outside [0, 1), or an alpha that is not finite.
