@@ -141,7 +141,7 @@ def triton_problems() -> list[Problem]:
 
 _NO_DEVICE = Problem(
     "PyTorch finds no CUDA device",
-    "see what nvidia-smi says, and CUDA_VISIBLE_DEVICES" if torch.version.cuda else "install a build of it with CUDA",
+    "see what nvidia-smi says, and CUDA_VISIBLE_DEVICES" if torch.version.cuda else "install a build of PyTorch with CUDA",
 )
 
 
