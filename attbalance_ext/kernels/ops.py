@@ -139,9 +139,9 @@ def triton_problems() -> list[Problem]:
     return installed or list(_triton_compiler_problems())
 
 
+_ASK_THE_DRIVER = "see what nvidia-smi says, and CUDA_VISIBLE_DEVICES"
 _NO_DEVICE = Problem(
-    "PyTorch finds no CUDA device",
-    "see what nvidia-smi says, and CUDA_VISIBLE_DEVICES" if torch.version.cuda else "install a build of PyTorch with CUDA",
+    "PyTorch finds no CUDA device", _ASK_THE_DRIVER if torch.version.cuda else "install a build of PyTorch with CUDA"
 )
 
 
