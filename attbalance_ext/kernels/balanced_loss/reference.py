@@ -88,15 +88,15 @@ def box_iou(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """
     px1, py1, px2, py2 = _corners(pred)
     tx1, ty1, tx2, ty2 = _corners(target)
-    area = (px2 - px1).clamp(min=0) * (py2 - py1).clamp(min=0)
-    target_area = (tx2 - tx1).clamp(min=0) * (ty2 - ty1).clamp(min=0)
-    width = (torch.minimum(px2, tx2) - torch.maximum(px1, tx1)).clamp(min=0)
-    height = (torch.minimum(py2, ty2) - torch.maximum(py1, ty1)).clamp(min=0)
+    area = _positive(px2 - px1) * _positive(py2 - py1)
+    target_area = _positive(tx2 - tx1) * _positive(ty2 - ty1)
+    width = _positive(torch.minimum(px2, tx2) - torch.maximum(px1, tx1))
+    height = _positive(torch.minimum(py2, ty2) - torch.maximum(py1, ty1))
     inter = width * height
     union = area + target_area - inter
     iou = _ratio(inter, union)
-    hull_width = (torch.maximum(px2, tx2) - torch.minimum(px1, tx1)).clamp(min=0)
-    hull_height = (torch.maximum(py2, ty2) - torch.minimum(py1, ty1)).clamp(min=0)
+    hull_width = _positive(torch.maximum(px2, tx2) - torch.minimum(px1, tx1))
+    hull_height = _positive(torch.maximum(py2, ty2) - torch.minimum(py1, ty1))
     hull = hull_width * hull_height
     return iou, iou - _ratio(hull - union, hull)
 
@@ -104,6 +104,11 @@ def box_iou(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def _corners(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     cx, cy, w, h = boxes.unbind(-1)
     return cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2
+
+
+def _positive(size: Tensor) -> Tensor:
+    """The size, 0 where it is negative; its gradient at 0 is 1. That of ``clamp`` depends on PyTorch's version."""
+    return torch.where(size < 0, 0, size)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
