@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import pickle
 import secrets
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from glob import escape
@@ -16,6 +16,9 @@ from typing import IO, Any
 import torch
 
 from attbalance_ext.grounding.errors import UserError
+
+if sys.platform != "win32":
+    import fcntl
 
 FORMAT = 2
 """Raised when the layout of a checkpoint changes; files of another format are refused."""
@@ -73,8 +76,11 @@ def exclusive(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Be the only process inside for ``path``, which need not exist; gives True.
 
     ``wait``: until the others are out. Otherwise, where another is inside, the block runs all the same and is told
-    False. A process that dies leaves, whatever it died of.
+    False. A process that dies leaves, whatever it died of. Windows has no such lock: there everybody is alone.
     """
+    if sys.platform == "win32":
+        yield True
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f".{path.name}.lock"), "w") as file:
         try:

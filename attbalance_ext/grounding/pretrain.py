@@ -34,12 +34,20 @@ def load_pretrained(
     A file that is damaged or of another version is made again.
     """
     path = folder / f"{_fingerprint(encoder, dataset, steps)}.pt"
+    if _loaded(encoder, path):  # without the lock: a cache that is complete may be read-only
+        return
     with exclusive(path):  # of several processes one trains, and the others read
-        try:
-            encoder.load_state_dict(load_checkpoint(path)["encoder"])
-        except (UserError, KeyError, RuntimeError):
+        if not _loaded(encoder, path):
             pretrain(encoder, dataset, steps, device)
             save_checkpoint(path, {"encoder": encoder.state_dict()})
+
+
+def _loaded(encoder: ConvEncoder, path: Path) -> bool:
+    try:
+        encoder.load_state_dict(load_checkpoint(path)["encoder"])
+    except (UserError, KeyError, RuntimeError):
+        return False
+    return True
 
 
 def pretrain(encoder: ConvEncoder, dataset: GroundingDataset, steps: int, device: torch.device) -> None:

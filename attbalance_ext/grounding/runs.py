@@ -35,6 +35,8 @@ class Run:
     """A trained model and what is known about its training."""
 
     directory: Path
+    checkpoint: Path
+    """The file that was read."""
     settings: Settings
     step: int
     tokenizer: Tokenizer
@@ -110,6 +112,7 @@ def load_run(path: Path, *, device: str = "cpu") -> Run:
     history = directory / HISTORY
     return Run(
         directory=directory,
+        checkpoint=path,
         settings=settings,
         step=state["step"],
         tokenizer=tokenizer,

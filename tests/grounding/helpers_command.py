@@ -1,4 +1,4 @@
-"""The command line in processes of its own, on a few scenes of the built-in data."""
+"""The command line, in this process or in ones of its own, on a few scenes of the built-in data."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from attbalance_ext import cli
+
 FEW_SCENES = {"train": 80, "val": 12, "test": 16, "test_novel": 4}
 LAUNCH = f"""
 from attbalance_ext.grounding.data.generate import SCENES
@@ -16,6 +20,17 @@ SCENES.update({FEW_SCENES})
 from attbalance_ext.cli import main
 main()
 """
+
+
+def call(*arguments: str | Path) -> int:
+    """Run the command line in this process; gives back its exit code."""
+    with pytest.MonkeyPatch.context() as monkey:
+        monkey.setattr(sys, "argv", ["attbalance", *map(str, arguments)])
+        try:
+            cli.main()
+        except SystemExit as stop:
+            return int(stop.code or 0)
+    return 0
 
 
 class Command:

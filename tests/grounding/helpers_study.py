@@ -34,7 +34,7 @@ momentum = 0.5
 
 [variants.worse]
 label = "worse"
-against = "full"
+against = ["full"]
 momentum = 0.6
 """
 

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch._inductor.config
+from helpers_command import FEW_SCENES, call
 
-from attbalance_ext import available_backends, cli
+from attbalance_ext import available_backends
 from attbalance_ext.grounding.data.generate import SCENES
 from attbalance_ext.grounding.files import load_checkpoint, save_checkpoint
 from attbalance_ext.grounding.runs import resume_run
 
-FEW_SCENES = {"train": 80, "val": 12, "test": 16, "test_novel": 4}
 SMALL = ["--steps", "8", "--batch-size", "8", "--validate-every", "4", "--pretrain-steps", "2"]
 
 
@@ -28,19 +28,6 @@ def few_scenes(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     for split, scenes in FEW_SCENES.items():
         monkeypatch.setitem(SCENES, split, scenes)
     monkeypatch.setenv("ATTBALANCE_CACHE", str(cache))
-
-
-def call(*arguments: str | Path) -> int:
-    """Run the command line in this process; gives back its exit code."""
-    monkey = pytest.MonkeyPatch()
-    monkey.setattr(sys, "argv", ["attbalance", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    finally:
-        monkey.undo()
-    return 0
 
 
 @pytest.mark.parametrize(
@@ -83,7 +70,9 @@ def test_a_backend_that_cannot_run_here_says_why(name: str, tmp_path: Path, caps
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("arguments", [[], *[[c] for c in ("info", "train", "eval", "rho", "report", "demo", "data")]])
+@pytest.mark.parametrize(
+    "arguments", [[], *[[c] for c in ("info", "train", "experiment", "eval", "rho", "report", "demo", "data")]]
+)
 def test_every_command_has_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert call(*arguments, "--help") == 0
     assert "Usage" in capsys.readouterr().out

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from attbalance_ext.grounding.data import generate
+from attbalance_ext.grounding.data import cache, generate
 from attbalance_ext.grounding.data.cache import cache_directory, load_or_create
 from attbalance_ext.grounding.data.dataset import load_arrays
 from attbalance_ext.grounding.data.names import BuiltinName
 from attbalance_ext.grounding.files import replace_file
 
 ARRAYS = {"a": np.arange(5000), "b": np.ones((2, 3), np.float32)}
+
+
+def visible(folder: Path) -> list[str]:
+    """Names of the files in a folder, without those of locks."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock"))
 
 
 def forbidden() -> dict[str, np.ndarray]:
@@ -91,13 +97,52 @@ def test_two_processes_generate_the_same_bytes_at_once(tmp_path: Path) -> None:
     processes = [context.Process(target=_generate, args=(tmp_path, barrier, results)) for _ in range(2)]
     for process in processes:
         process.start()
-    first, second = results.get(timeout=60), results.get(timeout=60)
+    first, second = results.get(timeout=240), results.get(timeout=240)
     for process in processes:
         process.join(timeout=60)
         assert process.exitcode == 0
     assert first == second
-    (file,) = tmp_path.iterdir()
-    assert file.suffix == ".npz"
+    (file,) = visible(tmp_path)
+    assert file.endswith(".npz")
+
+
+@pytest.mark.parametrize("there", [None, b"damaged"])
+def test_of_two_processes_one_creates_and_the_other_reads(there: bytes | None, tmp_path: Path) -> None:
+    path, calls = tmp_path / "x.npz", tmp_path / "calls"
+    if there is not None:
+        path.write_bytes(there)
+
+    def create() -> dict[str, np.ndarray]:
+        with open(calls, "a") as file:
+            file.write("!")
+        time.sleep(0.3)
+        return ARRAYS
+
+    def load() -> None:
+        barrier.wait()
+        assert np.array_equal(load_or_create(path, create)["a"], ARRAYS["a"])
+
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(2)
+    processes = [context.Process(target=load) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=60)
+        assert process.exitcode == 0
+    assert calls.read_text() == "!"
+
+
+def test_a_whole_file_needs_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock is a file, and a cache may be read-only."""
+    path = tmp_path / "x.npz"
+    load_or_create(path, lambda: ARRAYS)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(f"{path} is read-only")
+
+    monkeypatch.setattr(cache, "exclusive", refuse)
+    assert np.array_equal(load_or_create(path, forbidden)["a"], ARRAYS["a"])
 
 
 def test_the_file_is_named_after_content_and_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +152,7 @@ def test_the_file_is_named_after_content_and_size(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("attbalance_ext.grounding.data.dataset.content_version", lambda: "other")
     load_arrays(BuiltinName("refcoco", True), "val", cache=tmp_path, progress=False)
     version = generate.content_version()
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+    assert visible(tmp_path) == sorted(
         [
             f"builtin-refcoco-hard-val-5x64-{version}.npz",
             f"builtin-refcoco-hard-val-5x128-{version}.npz",

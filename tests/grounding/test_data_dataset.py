@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from attbalance_ext.grounding.data import SPLITS, VALUES, GroundingDataset, Vocabulary, card, generate, load_dataset
+from attbalance_ext.grounding.data import (
+    FRESH_SPLITS,
+    SPLITS,
+    VALUES,
+    GroundingDataset,
+    Vocabulary,
+    card,
+    export,
+    generate,
+    load_dataset,
+)
 from attbalance_ext.grounding.data.attributes import is_held_out
 from attbalance_ext.grounding.data.dataset import load_arrays
 from attbalance_ext.grounding.data.names import BuiltinName
@@ -18,7 +28,7 @@ from attbalance_ext.grounding.errors import UserError
 
 @pytest.fixture(autouse=True)
 def _few_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
-    for split in SPLITS:
+    for split in SPLITS + FRESH_SPLITS:
         monkeypatch.setitem(generate.SCENES, split, 30)
 
 
@@ -68,7 +78,7 @@ def test_objects_hold_every_target_and_only_training_has_them(tmp_path: Path) ->
     assert (objects.boxes[~objects.present] == 0).all()
     of_scene = objects.boxes[data.scene_index]
     assert (of_scene == data.boxes[:, None]).all(-1).any(-1).all()
-    for split in ("val", "test", "test_novel"):
+    for split in ("val", "test", "test_novel", "fresh"):
         with pytest.raises(ValueError, match="only the split 'train'"):
             _ = load("builtin:refcocog-hard", split, tmp_path).objects
 
@@ -83,7 +93,7 @@ def test_sizes_share_scenes_and_sentences(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["builtin:refcoco", "builtin:refcoco+-hard"])
 def test_splits_share_no_scene_and_novel_is_novel(name: str, tmp_path: Path) -> None:
     seen: set[bytes] = set()
-    for split in SPLITS:
+    for split in SPLITS + FRESH_SPLITS:
         arrays = load_arrays(BuiltinName.parse(name), split, cache=tmp_path, progress=False)
         scenes = {boxes.tobytes() for boxes in arrays["object_boxes"]}
         assert len(scenes) == 30
@@ -91,7 +101,7 @@ def test_splits_share_no_scene_and_novel_is_novel(name: str, tmp_path: Path) -> 
         seen |= scenes
         labels = arrays["object_labels"]
         held_out = np.array([[row[0] >= 0 and is_held_out(_combination(row)) for row in scene] for scene in labels])
-        if split == "test_novel":
+        if split in ("test_novel", "fresh_novel"):
             assert held_out[arrays["scene_index"], arrays["target"]].all()
         else:
             assert not held_out.any()
@@ -102,8 +112,20 @@ def _combination(row: np.ndarray) -> tuple[str, ...]:
 
 
 def test_seeds_differ_by_split() -> None:
-    assert set(generate.SEEDS) == set(generate.SCENES) == set(SPLITS)
-    assert len(set(generate.SEEDS.values())) == len(SPLITS)
+    assert set(generate.SEEDS) == set(generate.SCENES) == {*SPLITS, *FRESH_SPLITS}
+    assert len(set(generate.SEEDS.values())) == len(generate.SEEDS)
+
+
+def test_fresh_splits_are_for_studies_alone(tmp_path: Path) -> None:
+    """Cards and exports are of the four splits that they were always of: what is counted there has been looked at."""
+    assert SPLITS == ("train", "val", "test", "test_novel")
+    assert not set(SPLITS) & set(FRESH_SPLITS)
+    found = card("builtin:referit", cache=tmp_path, progress=False)
+    assert tuple(found["splits"]) == SPLITS
+    root = tmp_path / "files"
+    export("builtin:referit", root, "jsonl", cache=tmp_path, progress=False)
+    assert not list(tmp_path.rglob("*fresh*"))
+    assert sorted(path.stem for path in root.glob("*.jsonl")) == sorted(SPLITS)
 
 
 def test_more_scenes_leave_the_first_ones_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,25 +70,25 @@ def test_rows_and_verdicts(tmp_path: Path) -> None:
     assert [(model, data) for model, data, _ in found.groups] == [("transvg-tiny", HARD), ("transvg-tiny", EASY)]
     rows = {row.variant.name: row for row in found.groups[0][2]}
     assert list(rows) == ["plain", "full", "noisy", "worse"]
-    assert {name: row.verdict for name, row in rows.items()} == {
-        "plain": "",
-        "full": "helps",
-        "noisy": "open",
-        "worse": "hurts",
+    verdicts = {name: {n: c.verdict for n, c in row.comparisons.items()} for name, row in rows.items()}
+    assert verdicts == {
+        "plain": {},
+        "full": {"plain": "helps"},
+        "noisy": {"plain": "open"},
+        "worse": {"full": "hurts"},
     }
-    assert rows["plain"].comparison is None
     assert rows["full"].over_seeds("acc50").mean == pytest.approx(0.605)
     assert rows["full"].over_seeds("in_box", key=-1).mean == pytest.approx(0.605)
     assert rows["full"].over_seeds("by_size", key="small").mean == pytest.approx(0.505)
-    difference = rows["worse"].comparison
-    assert difference is not None
-    assert difference.difference.mean == pytest.approx(sum(ACCURACY["worse"]) / 4 - sum(ACCURACY["full"]) / 4)
+    assert rows["worse"].comparisons["full"].difference.mean == pytest.approx(
+        sum(ACCURACY["worse"]) / 4 - sum(ACCURACY["full"]) / 4
+    )
     p = [stats.ttest_rel(ACCURACY[a], ACCURACY[b]).pvalue for a, b in (("full", "plain"), ("noisy", "plain"))]
     p.append(stats.ttest_rel(ACCURACY["worse"], ACCURACY["full"]).pvalue)
     wanted = stats.false_discovery_control(p * 2)  # both data sets hold the same numbers: six comparisons
-    assert [rows[name].adjusted_p for name in ("full", "noisy", "worse")] == pytest.approx(
-        wanted[:3].tolist(), rel=1e-4
-    )
+    assert [
+        c.adjusted_p for name in ("full", "noisy", "worse") for c in rows[name].comparisons.values()
+    ] == pytest.approx(wanted[:3].tolist(), rel=1e-4)
     assert rows["plain"].of_training("dat") is None
     assert rows["full"].of_training("dat") == interval([1.68] * 4)
 
@@ -103,17 +103,15 @@ def test_part_of_a_study(tmp_path: Path) -> None:
     plain, full = found.rows
     assert (plain.seeds, full.seeds) == ([0, 1], [0, 1, 2])
     assert full.over_seeds("acc50").n == 3
-    assert full.comparison is not None
-    assert full.comparison.difference.n == 2
-    assert full.comparison.difference.mean == pytest.approx((0.10 + 0.11) / 2)
+    assert full.comparisons["plain"].difference.n == 2
+    assert full.comparisons["plain"].difference.mean == pytest.approx((0.10 + 0.11) / 2)
 
 
 def test_variant_without_its_reference(tmp_path: Path) -> None:
     spec = make_study(tmp_path)
     add_records(spec, tmp_path, {"worse": ACCURACY["worse"]})
     (first, _) = findings(spec, tmp_path).rows
-    assert first.comparison is None
-    assert first.verdict == ""
+    assert first.comparisons == {}
 
 
 def test_no_records(tmp_path: Path) -> None:

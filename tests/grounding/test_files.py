@@ -1,9 +1,14 @@
-"""Checkpoints are whole or not there, and never programs."""
+"""Checkpoints are whole or not there, and never programs. One process at a time is inside ``exclusive``."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
+import runpy
+import sys
+from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -11,7 +16,7 @@ import torch
 
 from attbalance_ext.grounding import files
 from attbalance_ext.grounding.errors import UserError
-from attbalance_ext.grounding.files import load_checkpoint, save_checkpoint
+from attbalance_ext.grounding.files import exclusive, load_checkpoint, save_checkpoint
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -108,3 +113,100 @@ def test_a_damaged_checkpoint_is_refused_and_never_crashes(tmp_path: Path) -> No
             except UserError:
                 refused += 1
     assert refused > 100
+
+
+# --- one process at a time --------------------------------------------------------------------------------------------
+
+FORK = multiprocessing.get_context("fork")
+
+
+class Holder:
+    """Another process that goes inside and stays there until it is told to leave."""
+
+    def __init__(self, path: Path, *, wait: bool = True) -> None:
+        self.said, saying = FORK.Pipe(duplex=False)
+        self.leave = FORK.Event()
+        self.process = FORK.Process(target=self.hold, args=(path, wait, saying, self.leave), daemon=True)
+        self.process.start()
+
+    @staticmethod
+    def hold(path: Path, wait: bool, saying: Connection, leave: Event) -> None:
+        with exclusive(path, wait=wait) as alone:
+            saying.send(alone)
+            leave.wait(60)
+
+    def inside(self, seconds: float = 30.0) -> bool:
+        """Whether it came inside, or to the block, within some time."""
+        return self.said.poll(seconds)
+
+    def end(self) -> None:
+        self.leave.set()
+        self.process.join(30)
+        assert self.process.exitcode == 0
+
+
+def test_the_second_process_waits_for_the_first(tmp_path: Path) -> None:
+    first = Holder(tmp_path / "x")
+    assert first.inside()
+    second = Holder(tmp_path / "x")
+    other = Holder(tmp_path / "y")
+    assert other.inside()
+    assert not second.inside(0.3)
+    first.end()
+    assert second.inside()
+    assert first.said.recv() is second.said.recv() is True
+    for holder in (second, other):
+        holder.end()
+
+
+def test_who_does_not_wait_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "x"
+    holder = Holder(path)
+    assert holder.inside()
+    for _ in range(2):  # being told no takes nothing from the one inside
+        with exclusive(path, wait=False) as alone:
+            assert not alone
+    holder.end()
+    with exclusive(path, wait=False) as alone:
+        assert alone
+        visitor = Holder(path, wait=False)
+        assert visitor.inside()
+        assert visitor.said.recv() is False
+        visitor.end()
+    assert not path.exists()
+
+
+def test_a_killed_process_is_no_longer_inside(tmp_path: Path) -> None:
+    holder = Holder(tmp_path / "x")
+    assert holder.inside()
+    holder.process.kill()
+    holder.process.join(30)
+    with exclusive(tmp_path / "x", wait=False) as alone:
+        assert alone
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, BlockingIOError])
+def test_who_fails_inside_leaves(error: type[BaseException], tmp_path: Path) -> None:
+    def fail(*, alone: bool) -> None:
+        with exclusive(tmp_path / "x", wait=False) as found:
+            assert found == alone
+            raise error
+
+    with pytest.raises(error):
+        fail(alone=True)
+    with exclusive(tmp_path / "x", wait=False) as alone:
+        assert alone
+        with pytest.raises(error):
+            fail(alone=False)
+
+
+def test_where_there_are_no_locks_files_still_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    module = runpy.run_path(files.__file__)
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "platform", "win32")
+    with module["exclusive"](tmp_path / "x", wait=False) as alone:
+        assert alone
+    assert list(tmp_path.iterdir()) == []

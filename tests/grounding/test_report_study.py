@@ -54,11 +54,10 @@ def test_page_is_whole_and_asks_for_nothing(study: Path, tmp_path: Path) -> None
         ElementTree.fromstring(base64.b64decode(picture.split(",", 1)[1]))
     text = " ".join(" ".join(page.words).split())
     assert "32 of 32 cells have been run" in text
-    assert "AttBalance: 10.0 points better than plain (95 % interval +8.7 to +11.3, 4 seeds, p < 0.001)." in text
-    assert re.search(
-        r"noise: not told apart from plain \(95 % interval -\d+\.\d to \+\d+\.\d, 4 seeds, p = 0\.\d+\)", text
-    )
-    assert "worse: 10.2 points worse than AttBalance" in text
+    assert "AttBalance plain +10.0 (+8.7 to +11.3) 4 < 0.001" in text
+    assert "AttBalance against plain" not in text  # it helps: nothing to explain
+    assert re.search(r"noise against plain: \+0\.5 \(-\S+ to \+\S+\) points, p = 0\.\d+: not told apart\. In", text)
+    assert re.search(r"worse against AttBalance: -10\.2 \(\S+ to \S+\) points, p \S+ \S+: worse\.", text)
     assert "commit abcdef012345" in text
 
 
@@ -66,7 +65,7 @@ def test_where_it_does_not_help_the_page_says_why(tmp_path: Path) -> None:
     spec = make_study(tmp_path)
     add_records(spec, tmp_path, {"plain": ACCURACY["full"], "full": ACCURACY["plain"]})
     sentence = study_page(findings(spec, tmp_path)).sections[0].sentences[0]
-    assert sentence.startswith("AttBalance: 10.0 points worse than plain (95 % interval -11.3 to -8.7, 4 seeds, p ")
+    assert sentence.startswith("AttBalance against plain: -10.0 (-11.3 to -8.7) points, p < 0.001: worse. ")
     assert "attention in the box goes from 0.60 to 0.51 (as used: 0.30 to 0.25)" in sentence
     assert "rho from 0.60 to 0.51" in sentence
     assert "weighted by 1.68 on average" in sentence
@@ -76,8 +75,10 @@ def test_one_seed_is_no_finding(tmp_path: Path) -> None:
     spec = make_study(tmp_path)
     add_records(spec, tmp_path, {"plain": (0.5,), "full": (0.9,)})
     section = study_page(findings(spec, tmp_path)).sections[0]
-    assert section.sentences == ["AttBalance: 40.0 points more than plain with one seed; nothing can be said yet."]
-    assert section.results.rows[1][2:5] == ["90.0", "+40.0", ""]
+    assert section.sentences == ["AttBalance against plain: +40.0 points, of one seed; nothing can be said yet."]
+    assert section.results.rows[1][2] == "90.0"
+    assert section.comparisons is not None
+    assert section.comparisons.rows == [["AttBalance", "plain", "+40.0", "1", ""]]
 
 
 def test_tables_as_markdown(study: Path) -> None:
@@ -86,10 +87,8 @@ def test_tables_as_markdown(study: Path) -> None:
     lines = result.stdout.splitlines()
     assert "`transvg-tiny`, `builtin:referit`" in lines
     row = next(line for line in lines if line.startswith("| AttBalance |"))
-    difference = "+10.0 (+8.7 to +11.3) | < 0.001"
-    assert row.startswith(
-        f"| AttBalance | 4 | 60.5 ± 3.3 | {difference} | 30.2 ± 1.7 | 0.505 ± 0.033 | 50.5 / 60.5 / 70.5 |"
-    )
+    assert row.startswith("| AttBalance | 4 | 60.5 ± 3.3 | 30.2 ± 1.7 | 0.505 ± 0.033 | 50.5 / 60.5 / 70.5 |")
+    assert "| AttBalance | plain | +10.0 (+8.7 to +11.3) | 4 | < 0.001 |" in lines
 
 
 def test_figures_say_their_sample_sizes(study: Path, tmp_path: Path) -> None:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers_command import FEW_SCENES
+from helpers_command import FEW_SCENES, call
 
-from attbalance_ext import cli
 from attbalance_ext.grounding.data import FORMATS, export
 from attbalance_ext.grounding.data.generate import SCENES
 from attbalance_ext.grounding.files import load_checkpoint
@@ -27,17 +25,6 @@ def few_scenes(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     for split, scenes in FEW_SCENES.items():
         monkeypatch.setitem(SCENES, split, scenes)
     monkeypatch.setenv("ATTBALANCE_CACHE", str(cache))
-
-
-def call(*arguments: str | Path) -> int:
-    """Run the command line in this process; gives back its exit code."""
-    with pytest.MonkeyPatch.context() as monkey:
-        monkey.setattr(sys, "argv", ["attbalance", *map(str, arguments)])
-        try:
-            cli.main()
-        except SystemExit as stop:
-            return int(stop.code or 0)
-    return 0
 
 
 def without_names(records: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from attbalance_ext import BackendUnavailable
-from attbalance_ext.grounding.commands import analyse, datasets, demo, experiment, machine, train
+from attbalance_ext.grounding.commands import analyse, datasets, demo, experiment, machine, rho, train
 from attbalance_ext.grounding.errors import TrainingFailed, UserError
 
 app = typer.Typer(
@@ -18,7 +18,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for module in (machine, demo, train, experiment, analyse, datasets):
+for module in (machine, demo, train, experiment, analyse, rho, datasets):
     module.register(app)
 
 

@@ -1,4 +1,4 @@
-"""``attbalance eval | rho | report``: what trained models do on a split."""
+"""``attbalance eval | report``: what trained models do on a split."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 
 def register(app: typer.Typer) -> None:
     app.command("eval")(evaluate_run)
-    app.command()(rho)
     app.command()(report)
 
 
@@ -54,37 +53,6 @@ def evaluate_run(
     table.add_row("mean IoU", f"{metrics['miou']:.3f}")
     table.add_row("in-box attention per layer", "  ".join(f"{value:.2f}" for value in metrics["in_box"]))
     table.add_row("rho per layer", "  ".join(f"{value:+.2f}" for value in metrics["rho"]))
-    Console().print(table)
-
-
-def rho(
-    run: RunArgument,
-    split: SplitOption = "test",
-    device: DeviceOption = "cpu",
-    cache: CacheOption = None,
-) -> None:
-    """Correlate attention with success: Spearman's rho between in-box attention and IoU, layer by layer.
-
-    Example: attbalance rho runs/full --split val
-    """
-    from scipy.stats import spearmanr
-
-    loaded = load_run(run, device=device)
-    evaluation = _evaluate(loaded, split, cache)
-    valid = evaluation.valid
-    table = Table(
-        "layer", "supervised", "in-box attention", "rho", "p-value", title=f"{run}, {loaded.settings.data} {split}"
-    )
-    for layer, in_box in enumerate(evaluation.in_box):
-        supervised = loaded.settings.attbalance and layer in loaded.model.supervised
-        result = spearmanr(in_box[valid], evaluation.iou[valid])
-        table.add_row(
-            f"{layer + 1}",
-            "yes" if supervised else "no",
-            f"{in_box[valid].mean():.3f}",
-            f"{result.statistic:+.3f}",
-            f"{result.pvalue:.1e}",
-        )
     Console().print(table)
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from .generate import Arrays
 
 _log = logging.getLogger(__name__)
 
+_UNREADABLE = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile)
+
 
 def cache_directory(cache: Path | None = None) -> Path:
     """``cache`` if given, else ``$ATTBALANCE_CACHE``, else ``~/.cache/attbalance_ext``."""
@@ -23,11 +26,13 @@ def cache_directory(cache: Path | None = None) -> Path:
 
 def load_or_create(path: Path, create: Callable[[], Arrays]) -> Arrays:
     """Read the arrays at ``path``; where there are none, or they are damaged, create and store them."""
+    with suppress(*_UNREADABLE):  # without the lock: a cache that is complete may be read-only
+        return _read(path)
     with exclusive(path):  # of several processes one creates, and the others read
         if path.exists():
             try:
                 return _read(path)
-            except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            except _UNREADABLE as error:
                 _log.warning("%s is damaged (%s): generating it again", path, error or type(error).__name__)
         arrays = create()
         replace_file(path, lambda file: np.savez(file, allow_pickle=False, **arrays), durable=False)

@@ -18,7 +18,7 @@ from attbalance_ext.grounding.fit import fit
 from attbalance_ext.grounding.provenance import commit
 from attbalance_ext.grounding.runs import load_run, resume_run, start_run
 from attbalance_ext.grounding.settings import Settings
-from attbalance_ext.grounding.sources import open_split
+from attbalance_ext.grounding.sources import open_pictures, open_split
 from attbalance_ext.grounding.train import LAST, Trainer
 
 
@@ -38,9 +38,11 @@ def run_cell(
     for the record.
 
     Raises:
-        UserError: a run of other settings lies there.
+        UserError: a run of other settings lies there, or data that are needed are not there.
         Interrupted: Ctrl-C or SIGTERM; the run goes on from its checkpoint another time.
     """
+    for split in splits:  # what is missing is missed before the training and not after it
+        open_pictures(settings, split, cache=cache)
     trainer = _trainer(settings, directory, cache)
     fit({directory.name: trainer}, show=False, after_step=lambda: after_step(trainer))
     write_record(record, _record(directory, settings, splits, machine, cache))
@@ -50,16 +52,15 @@ def _trainer(settings: Settings, directory: Path, cache: Path | None) -> Trainer
     last = directory / LAST
     if not last.exists():
         return start_run(settings, directory, cache=cache)
-    there = Settings.from_dict(load_checkpoint(last)["settings"]).to_dict()
-    if _compared(there) != _compared(settings.to_dict()):
+    there = Settings.from_dict(load_checkpoint(last).get("settings", {}))
+    # A run that was told its epochs counts in steps once it has begun.
+    left_out = {*ELSEWHERE, *(("epochs", "steps") if settings.epochs is not None else ())}
+    wanted, found = (
+        {name: value for name, value in each.to_dict().items() if name not in left_out} for each in (settings, there)
+    )
+    if found != wanted:
         raise UserError(f"{directory} holds a run of other settings; remove it, or choose another --runs")
     return resume_run(directory, cache=cache, device=settings.device)
-
-
-def _compared(plain: dict[str, Any]) -> dict[str, Any]:
-    """``steps`` follow from ``epochs`` once a run has begun."""
-    left_out = {*ELSEWHERE, "epochs", *(["steps"] if plain.get("epochs") is not None else [])}
-    return {name: value for name, value in plain.items() if name not in left_out}
 
 
 def _record(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,9 +11,6 @@ from attbalance_ext.grounding.errors import UserError
 from attbalance_ext.grounding.experiment.record import Record, load_record, record_path
 from attbalance_ext.grounding.experiment.spec import Spec, Variant
 from attbalance_ext.grounding.experiment.statistics import Comparison, Interval, adjusted, compare, interval
-
-SIGNIFICANT = 0.05
-"""A difference counts as found where its adjusted p-value is below."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +24,8 @@ class Row:
     """By seed."""
     split: str
     """The one that comparisons are made on: the study's first."""
-    comparison: Comparison | None
-    """In acc@0.5 with ``variant.against``, over the seeds that both have; None: there is nothing to compare with."""
-    adjusted_p: float = math.nan
+    comparisons: dict[str, Comparison]
+    """In acc@0.5, by the name of the variant it is compared with, over the seeds that both have."""
 
     @property
     def seeds(self) -> list[int]:
@@ -61,15 +56,6 @@ class Row:
     @property
     def layers(self) -> int:
         return len(next(iter(self.records.values())).results[self.split]["rho"])
-
-    @property
-    def verdict(self) -> str:
-        """helps, hurts, open (an interval on both sides of 0), or "" where there is no test."""
-        if self.comparison is None or not math.isfinite(self.adjusted_p):
-            return ""
-        if self.adjusted_p >= SIGNIFICANT:
-            return "open"
-        return "helps" if self.comparison.difference.mean > 0 else "hurts"
 
 
 @dataclass(frozen=True)
@@ -113,7 +99,7 @@ def findings(spec: Spec, folder: Path) -> Findings:
     if not found:
         raise UserError(f"{folder} has no record of {spec.path}; make them with: attbalance experiment {spec.path}")
     rows = [
-        Row(model, data, variant, records, spec.splits[0], _comparison(found, data, model, variant, spec.splits[0]))
+        Row(model, data, variant, records, spec.splits[0], _comparisons(found, data, model, variant, spec.splits[0]))
         for data in spec.data
         for model in spec.models
         for variant in spec.variants.values()
@@ -122,15 +108,15 @@ def findings(spec: Spec, folder: Path) -> Findings:
     return Findings(spec, _with_adjusted(rows), missing)
 
 
-def _comparison(
+def _comparisons(
     found: dict[tuple[str, str, str], dict[int, Record]], data: str, model: str, variant: Variant, split: str
-) -> Comparison | None:
-    mine = found[data, model, variant.name]
-    other = found.get((data, model, variant.against or ""), {})
-    shared = sorted(mine.keys() & other.keys())
-    if not shared:
-        return None
-    return compare(_accuracies(mine, shared, split), _accuracies(other, shared, split))
+) -> dict[str, Comparison]:
+    mine, comparisons = found[data, model, variant.name], {}
+    for name in variant.against:
+        other = found.get((data, model, name), {})
+        if shared := sorted(mine.keys() & other.keys()):
+            comparisons[name] = compare(_accuracies(mine, shared, split), _accuracies(other, shared, split))
+    return comparisons
 
 
 def _accuracies(records: dict[int, Record], seeds: Iterable[int], split: str) -> list[float]:
@@ -139,8 +125,11 @@ def _accuracies(records: dict[int, Record], seeds: Iterable[int], split: str) ->
 
 def _with_adjusted(rows: Sequence[Row]) -> list[Row]:
     """The same, with the p-values of the whole study's comparisons adjusted together."""
-    p = adjusted([row.comparison.p if row.comparison else math.nan for row in rows])
-    return [replace(row, adjusted_p=value) for row, value in zip(rows, p, strict=True)]
+    p = iter(adjusted([comparison.p for row in rows for comparison in row.comparisons.values()]))
+    return [
+        replace(row, comparisons={name: replace(c, adjusted_p=next(p)) for name, c in row.comparisons.items()})
+        for row in rows
+    ]
 
 
 def machines(records: Sequence[Record]) -> list[str]:

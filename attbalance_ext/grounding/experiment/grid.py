@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,10 +19,12 @@ from rich.progress import Progress, TaskID
 from attbalance_ext.grounding.experiment.cell import on_device
 from attbalance_ext.grounding.experiment.record import record_path
 from attbalance_ext.grounding.experiment.spec import Cell
-from attbalance_ext.grounding.experiment.worker import BUSY
+from attbalance_ext.grounding.experiment.worker import BUSY, FAILED
 from attbalance_ext.grounding.fit import stop_requested
 from attbalance_ext.grounding.progress import progress_bars
 from attbalance_ext.grounding.provenance import cpu_model
+from attbalance_ext.grounding.runs import require_runnable
+from attbalance_ext.grounding.settings import Settings
 
 RUNS_ON_A_GPU = 4
 """Cells at a time on one GPU: a tiny model's step is bound by launches, and several share the GPU well."""
@@ -63,7 +66,9 @@ def default_jobs(device: str, threads: int) -> int:
     """As many as there are processors for (``threads`` each), or GPUs."""
     if device.startswith("cuda"):
         return RUNS_ON_A_GPU * (torch.cuda.device_count() if device == "cuda" else 1)
-    return max(len(os.sched_getaffinity(0)) // threads, 1)
+    affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
+    processors = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    return max(processors // threads, 1)
 
 
 def run_grid(
@@ -82,15 +87,24 @@ def run_grid(
     every running cell saves its state and stops; the same call goes on from there. On ``cuda`` cells take turns on all
     GPUs. A run's bits on a CPU depend on ``threads`` (one: the same everywhere), and never on ``jobs``. ``versions``:
     what the records say about software and hardware, name to value.
+
+    Raises:
+        UserError: there is no such device.
     """
+    require_runnable(Settings(device=device))  # said once, and not by every cell
     outcome = Outcome()
     left = places.left(cells)
     with progress_bars() as progress, stop_requested() as stop, ThreadPoolExecutor(jobs) as pool:
         total = progress.add_task("cells", total=len(left), note="")
         machine = {"cpu": cpu_model(), **versions, "cpu threads": str(threads)}
         runner = _Runner(places, tuple(splits), machine, device, threads, progress, total, stop, outcome)
-        for _ in pool.map(runner, range(len(left)), left):
-            pass
+        futures = [pool.submit(runner, number, cell) for number, cell in enumerate(left)]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            stop.set()  # the pool waits for its threads, and they for their cells
+            raise
     outcome.interrupted = stop.is_set()
     return outcome
 
@@ -115,9 +129,15 @@ class _Runner:
     def __call__(self, number: int, cell: Cell) -> None:
         if self.stop.is_set():
             return
+        if self.places.record(cell).exists():  # another grid has finished it since
+            self.progress.advance(self.total)
+            return
         steps = cell.settings.steps
         bar = self.progress.add_task(cell.name, total=steps if cell.settings.epochs is None else None, note="")
-        code, message = self._run(number, cell, bar)
+        try:
+            code, message = self._run(number, cell, bar)
+        except OSError as error:  # no space left, no more processes
+            code, message = FAILED, str(error)
         self.progress.remove_task(bar)
         if code == BUSY:
             self.outcome.busy.append(cell)
@@ -142,35 +162,44 @@ class _Runner:
         }
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
         log = directory / "log.txt"
+        earlier = log.stat().st_size if log.exists() else 0
         with (
-            open(log, "a", encoding="utf-8") as errors,
+            open(log, "ab") as errors,
             subprocess.Popen(
-                [sys.executable, "-m", "attbalance_ext.grounding.experiment.worker"],
-                stdin=subprocess.PIPE,
+                [sys.executable, "-m", "attbalance_ext.grounding.experiment.worker", json.dumps(order)],
+                stdin=subprocess.PIPE,  # nothing is written to it: its end says that we are gone
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                text=True,
+                encoding="utf-8",
+                errors="replace",
                 env=environment,
                 start_new_session=True,  # Ctrl-C is for us alone; what runs is told by us, after its step
             ) as process,
         ):
-            assert process.stdin is not None
             assert process.stdout is not None
-            process.stdin.write(json.dumps(order) + "\n")
-            process.stdin.flush()
             stopper = threading.Thread(target=_terminate_on, args=(process, self.stop), daemon=True)
             stopper.start()
             for line in process.stdout:
                 self._show(bar, line)
             code = process.wait()
-        lines = log.read_text(encoding="utf-8").strip().splitlines()
-        return code, f"{lines[-1] if lines else f'exit code {code}'} ({log})"
+        return code, f"{_reason(code, log.read_bytes()[earlier:].decode(errors='replace'))} ({log})"
 
     def _show(self, bar: TaskID, line: str) -> None:
-        said = json.loads(line)
-        accuracy = said["accuracy"]
+        try:
+            said = json.loads(line)
+            step, accuracy = said["step"], said["accuracy"]
+        except (ValueError, TypeError, KeyError):
+            return  # a library that prints
         note = "" if accuracy is None else f"val acc {100 * accuracy:.1f} %"
-        self.progress.update(bar, completed=said["step"], note=note)
+        self.progress.update(bar, completed=step, note=note)
+
+
+def _reason(code: int, said: str) -> str:
+    """Why a process ended with ``code``, which ``said`` so much on standard error."""
+    if code < 0:  # it could say nothing about that
+        return f"ended by signal {-code} ({signal.strsignal(-code)})"
+    lines = said.strip().splitlines()
+    return lines[-1] if lines else f"exit code {code}"
 
 
 def _terminate_on(process: subprocess.Popen[str], stop: threading.Event) -> None:

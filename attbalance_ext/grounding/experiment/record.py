@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ class Record:
     curve: list[dict[str, Any]]
     """Validations: step, seconds of training until then, acc50, acc70, miou, in_box, rho."""
     training: dict[str, Any]
-    """Means over the steps with attention terms: adw, odw, dat (their product), rho per layer; empty without terms."""
+    """Means over the log's windows with attention terms: adw, odw, dat (the product of their means), rac, mrc, rho per
+    layer; empty without terms."""
     seconds: float
     """Of all training steps; validations and start are not counted."""
     step_ms: float
@@ -56,7 +58,10 @@ def identity(settings: Settings) -> str:
 
 
 def write_record(path: Path, record: Record) -> None:
-    """Write the file, whole or not at all. Six digits of every result are kept, and all of a setting."""
+    """Write the file, whole or not at all. Six digits of every result are kept, and all of a setting.
+
+    What is not a number, as the mean of nothing, is null: JSON has no NaN.
+    """
     plain = {name: value if name == "settings" else _rounded(value) for name, value in asdict(record).items()}
     write_text(path, json.dumps({"format": FORMAT, **plain}, indent=1) + "\n")
 
@@ -66,8 +71,10 @@ def load_record(path: Path) -> Record:
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
         version = plain.pop("format")
-    except (OSError, ValueError, AttributeError, KeyError) as error:
-        raise UserError(f"{path} cannot be read as a record: {error or type(error).__name__}") from None
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} cannot be read as a record: {error}") from None
+    except KeyError:
+        raise UserError(f"{path} is no record: it does not say its format") from None
     if version != FORMAT:
         raise UserError(f"{path} is a record of format {version}; this version reads format {FORMAT}")
     if set(plain) != {item.name for item in fields(Record)}:
@@ -77,7 +84,7 @@ def load_record(path: Path) -> Record:
 
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
-        return float(f"{value:.6g}")
+        return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, dict):
         return {name: _rounded(item) for name, item in value.items()}
     return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from attbalance_ext import AttBalanceConfig
+from attbalance_ext.grounding.data.names import BuiltinName, check_split
 from attbalance_ext.grounding.errors import UserError
+from attbalance_ext.grounding.experiment.typed import NAMES, fitting
 from attbalance_ext.grounding.settings import Settings
 
 if sys.version_info >= (3, 11):
@@ -22,11 +25,11 @@ SPLITS = ("fresh", "fresh_novel")
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to train. ``label``: as tables call it; ``against``: the variant it is compared with, None for none."""
+    """One way to train. ``label``: as tables call it; ``against``: the variants it is compared with."""
 
     name: str
     label: str
-    against: str | None
+    against: tuple[str, ...]
     note: str = ""
 
 
@@ -105,7 +108,8 @@ def load_spec(path: Path) -> Spec:
         [variants.plain]
         attbalance = false
         [variants.rac]
-        label = "RAC"                            # optional, as are note and against (another baseline)
+        label = "RAC"                            # optional, as are note and against: ["plain", ...], with what to
+                                                 # compare it instead of the baseline
         loss = { weight_mrc = 0.0 }
 
     Later tables go first: a variant's setting counts before its model's, that before ``[settings]``. Tables (``loss``,
@@ -138,35 +142,40 @@ _REQUIRED = {
 }
 _OPTIONAL = {"splits": list, "settings": dict}
 _OF_A_VARIANT = ("label", "note", "against")
+_AXES = ("data", "seed")
+"""Settings that a study has lists of, and so no table."""
 
 
 def _spec(path: Path, plain: dict[str, Any]) -> Spec:
     _require(plain, _REQUIRED, _OPTIONAL)
     baseline, variants = plain["baseline"], plain["variants"]
-    described = {
-        name: Variant(
-            name,
-            label=table.get("label", name),
-            against=table.get("against", baseline) if name != baseline else None,
-            note=table.get("note", ""),
-        )
-        for name, table in variants.items()
-    }
+    if baseline not in variants:
+        raise UserError(f"baseline {baseline!r} is no variant; there is: {', '.join(variants)}")
+    described = {name: _variant(name, table, baseline) for name, table in variants.items()}
     for variant in described.values():
-        if variant.against is not None and variant.against not in described:
-            raise UserError(f"variant {variant.name!r} is compared with {variant.against!r}, which is none")
+        for other in variant.against:
+            if other not in described:
+                raise UserError(f"variants.{variant.name} is compared with {other!r}, which is no variant")
+            if other == variant.name:
+                raise UserError(f"variants.{variant.name} is compared with itself")
+    splits = tuple(plain.get("splits", SPLITS))
     cells = tuple(
-        Cell(model, data, variant, seed, _settings(model, data, seed, plain, variants[variant]))
+        Cell(model, data, variant, seed, _settings(model, data, seed, plain, variant))
         for seed in plain["seeds"]
         for data in plain["data"]
         for model in plain["models"]
         for variant in variants
     )
+    if any(cell.settings.data_root is None for cell in cells):  # files are looked for when they are needed
+        for data in plain["data"]:
+            BuiltinName.parse(data)
+        for split in splits:
+            check_split(split)
     return Spec(
         path=path,
         title=plain["title"],
         question=plain["question"],
-        splits=tuple(plain.get("splits", SPLITS)),
+        splits=splits,
         models=tuple(plain["models"]),
         data=tuple(plain["data"]),
         variants=described,
@@ -183,36 +192,52 @@ def _require(plain: Mapping[str, Any], required: Mapping[str, type], optional: M
         raise UserError(f"missing: {', '.join(sorted(missing))}")
     for name, value in plain.items():
         if not isinstance(value, known[name]):
-            raise UserError(f"{name} must be a {known[name].__name__}, got {value!r}")
-        if name in required and not value:
+            raise UserError(f"{name} must be {NAMES[known[name]]}, got {value!r}")
+        if not value and name != "settings":
             raise UserError(f"{name} is empty")
     for name in ("models", "variants"):
         for key, table in plain[name].items():
             if not isinstance(table, dict):
                 raise UserError(f"{name}.{key} must be a table, got {table!r}")
-    for seed in plain["seeds"]:
-        if not isinstance(seed, int):
-            raise UserError(f"seeds must be whole numbers, got {seed!r}")
+    for name, kind in (("seeds", int), ("data", str), ("splits", str)):
+        values = plain.get(name, [])
+        for position, value in enumerate(values):
+            if type(value) is not kind:  # True is an int
+                raise UserError(f"an item of {name} must be {NAMES[kind]}, got {value!r}")
+            if value in values[:position]:
+                raise UserError(f"{name} has {value!r} twice")
 
 
-def _settings(model: str, data: str, seed: int, plain: Mapping[str, Any], variant: Mapping[str, Any]) -> Settings:
-    tables = (plain.get("settings", {}), plain["models"][model], variant)
-    changes: dict[str, Any] = {"model": model}
+def _variant(name: str, table: Mapping[str, Any], baseline: str) -> Variant:
+    for key in ("label", "note"):
+        if not isinstance(table.get(key, ""), str):
+            raise UserError(f"variants.{name}: {key} must be {NAMES[str]}, got {table[key]!r}")
+    against = table.get("against", [baseline] if name != baseline else [])
+    if not isinstance(against, list) or not all(isinstance(other, str) for other in against):
+        raise UserError(f"variants.{name}: against must be a list of texts, got {against!r}")
+    return Variant(name, table.get("label", name), tuple(against), table.get("note", ""))
+
+
+def _settings(model: str, data: str, seed: int, plain: Mapping[str, Any], variant: str) -> Settings:
+    described = plain["variants"][variant]
+    tables = {
+        "settings": plain.get("settings", {}),
+        f"models.{model}": {"model": model, **plain["models"][model]},
+        f"variants.{variant}": {name: value for name, value in described.items() if name not in _OF_A_VARIANT},
+    }
+    changes: dict[str, Any] = {}
     loss: dict[str, Any] = {}
     options: dict[str, Any] = {}
-    for table in tables:
-        own = {name: value for name, value in table.items() if name not in _OF_A_VARIANT or table is not variant}
-        loss.update(own.pop("loss", {}))
+    for name, table in tables.items():
+        if axes := set(table) & set(_AXES):
+            raise UserError(f"{name}: {', '.join(sorted(axes))} cannot be set in a table; the study has a list of them")
+        own = fitting(name, table, Settings, loss=dict)
+        loss.update(fitting(f"{name}.loss", own.pop("loss", {}), AttBalanceConfig))
         options.update(own.pop("model_options", {}))
         changes.update(own)
-    if unknown := set(changes) - {item.name for item in fields(Settings)}:
-        raise UserError(f"unknown settings: {', '.join(sorted(unknown))}")
-    if isinstance(loss.get("rho"), list):
-        loss["rho"] = tuple(loss["rho"])
     try:
-        settings = Settings.for_model(
-            changes.pop("model"), loss=loss, model_options=options, **{**changes, "data": data, "seed": seed}
+        return Settings.for_model(
+            changes.pop("model"), loss=loss, model_options=options, **changes, data=data, seed=seed
         )
-    except TypeError as error:
-        raise UserError(str(error)) from None
-    return replace(settings, frozen_parts=tuple(settings.frozen_parts))
+    except UserError as error:
+        raise UserError(f"models.{model} with variants.{variant}: {error}") from None

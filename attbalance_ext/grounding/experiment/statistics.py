@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 CONFIDENCE = 0.95
+SIGNIFICANT = 0.05
+"""A difference counts as found where its adjusted p-value is below."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,17 @@ class Comparison:
 
     difference: Interval
     p: float
+    adjusted_p: float = math.nan
+    """For the number of comparisons that are made together."""
+
+    @property
+    def verdict(self) -> str:
+        """helps, hurts, open (not told apart), or "" where there is no test."""
+        if not math.isfinite(self.adjusted_p):
+            return ""
+        if self.adjusted_p >= SIGNIFICANT:
+            return "open"
+        return "helps" if self.difference.mean > 0 else "hurts"
 
 
 def interval(values: Sequence[float]) -> Interval:

@@ -1,8 +1,8 @@
-"""The process that runs one cell: ``python -m attbalance_ext.grounding.experiment.worker``.
+"""The process that runs one cell: ``python -m attbalance_ext.grounding.experiment.worker ORDER``.
 
-Its order is one line of JSON on standard input; it answers with lines of JSON on standard output. A process of its own
-means that a cell that dies takes no other with it. Where its input ends, whoever gave the order is gone, and it stops
-as on SIGTERM: after the current step, with a checkpoint.
+Its order is JSON; it answers with lines of JSON on standard output. A process of its own means that a cell that dies
+takes no other with it. Where its standard input ends, whoever gave the order is gone, and it stops as on SIGTERM: after
+the current step, with a checkpoint.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,25 +31,27 @@ INTERRUPTED, BUSY, FAILED = 130, 75, 1
 
 
 def main() -> int:
-    order = json.loads(sys.stdin.readline())
+    order = json.loads(sys.argv[1])
     threading.Thread(target=_stop_with_input, daemon=True).start()
     torch.set_num_threads(order["threads"])
-    settings = Settings.from_dict(order["settings"])
-    directory = Path(order["directory"])
+    directory, record = Path(order["directory"]), Path(order["record"])
     with exclusive(directory / "run", wait=False) as alone:
         if not alone:
             return BUSY
+        if record.exists():
+            return 0  # another process has finished it since
         try:
             run_cell(
-                settings,
+                Settings.from_dict(order["settings"]),
                 directory,
-                Path(order["record"]),
+                record,
                 splits=order["splits"],
                 machine=order["machine"],
                 cache=Path(order["cache"]) if order["cache"] else None,
                 after_step=Reporter(),
             )
         except Interrupted:
+            print("told to stop; the run goes on from its checkpoint", file=sys.stderr)
             return INTERRUPTED
         except (UserError, TrainingFailed) as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -71,11 +74,14 @@ class Reporter:
 
 
 def say(what: dict[str, Any]) -> None:
-    print(json.dumps(what), flush=True)
+    with suppress(BrokenPipeError):  # nobody listens any more: the end of the input says so too, and stops the run
+        print(json.dumps(what), flush=True)
 
 
 def _stop_with_input() -> None:
-    sys.stdin.read()
+    # Not sys.stdin.read(): the lock that it holds meanwhile is one that the interpreter may want at its exit.
+    while os.read(0, 1024):
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from attbalance_ext.grounding.experiment.findings import Findings, Row, machines
-from attbalance_ext.grounding.experiment.statistics import Interval
+from attbalance_ext.grounding.experiment.statistics import Comparison, Interval
 from attbalance_ext.grounding.files import write_text
 from attbalance_ext.grounding.report import study_plots
 from attbalance_ext.grounding.report.study_plots import Plot
@@ -36,6 +36,7 @@ class Section:
 
     title: str
     results: Table
+    comparisons: Table | None
     behaviour: Table
     sentences: list[str]
     plots: list[Plot]
@@ -73,22 +74,21 @@ def markdown(found: Findings) -> str:
     """The study's tables, for a document."""
     parts = [_state(found)]
     for model, data, rows in found.groups:
-        parts += [f"`{model}`, `{data}`", results_table(rows).markdown(), behaviour_table(rows).markdown()]
+        tables = (results_table(rows), comparison_table(rows), behaviour_table(rows))
+        parts += [f"`{model}`, `{data}`", *(table.markdown() for table in tables if table is not None)]
     return "\n\n".join(parts)
 
 
 def results_table(rows: Sequence[Row]) -> Table:
     """How good: on the split that is compared on, on the others, and by the size of the box."""
     _, *others = rows[0].records[rows[0].seeds[0]].results
-    columns = ["variant", "seeds", "acc@0.5", "difference", "p", "acc@0.7", "mean IoU", "small / medium / large"]
+    columns = ["variant", "seeds", "acc@0.5", "acc@0.7", "mean IoU", "small / medium / large"]
     columns += [f"acc@0.5 on {split}" for split in others]
     body = [
         [
             row.variant.label,
             f"{len(row.seeds)}",
             percent(row.over_seeds("acc50")),
-            _difference(row),
-            _p(row),
             percent(row.over_seeds("acc70")),
             _number(row.over_seeds("miou"), 3),
             " / ".join(percent(row.over_seeds("by_size", key=size), ends=False) for size in SIZES),
@@ -96,7 +96,18 @@ def results_table(rows: Sequence[Row]) -> Table:
         ]
         for row in rows
     ]
-    return Table(columns, body, [row.verdict for row in rows])
+    return Table(columns, body, ["" for _ in rows])
+
+
+def comparison_table(rows: Sequence[Row]) -> Table | None:
+    """What was compared in acc@0.5, seed by seed; None where nothing was."""
+    body, marks = [], []
+    for row in rows:
+        for name, found in row.comparisons.items():
+            cells = [row.variant.label, _label(rows, name), _difference(found), f"{found.difference.n}", _p(found)]
+            body.append(cells)
+            marks.append(found.verdict)
+    return Table(["variant", "against", "difference in acc@0.5", "seeds", "p"], body, marks) if body else None
 
 
 def behaviour_table(rows: Sequence[Row]) -> Table:
@@ -139,57 +150,52 @@ def _number(found: Interval | None, digits: int, *, ends: bool = True) -> str:
     return f"{found.mean:.{digits}f}{half}"
 
 
-def _difference(row: Row) -> str:
-    if row.comparison is None:
-        return ""
-    found = row.comparison.difference
+def _difference(comparison: Comparison) -> str:
+    found = comparison.difference
     if found.n < 2:
         return f"{100 * found.mean:+.1f}"
     return f"{100 * found.mean:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
 
 
-def _p(row: Row) -> str:
-    if not math.isfinite(row.adjusted_p):
+def _p(comparison: Comparison) -> str:
+    if not math.isfinite(comparison.adjusted_p):
         return ""
-    return "< 0.001" if row.adjusted_p < 0.001 else f"{row.adjusted_p:.3f}"
+    return "< 0.001" if comparison.adjusted_p < 0.001 else f"{comparison.adjusted_p:.3f}"
 
 
-def _p_is(row: Row) -> str:
-    text = _p(row)
-    return f"p {text}" if text.startswith("<") else f"p = {text}"
+def _label(rows: Sequence[Row], name: str) -> str:
+    """What tables call a variant that is compared with: its records are there, or nothing would be compared."""
+    return next(row.variant.label for row in rows if row.variant.name == name)
 
 
 def _section(model: str, data: str, rows: list[Row], several: bool) -> Section:
     plots = [study_plots.curves(rows), study_plots.attention(rows), study_plots.rho(rows)]
-    forest = study_plots.differences(rows, lambda row: row.variant.label) if len(rows) > 2 else None
+    forest = study_plots.differences(rows, _short_name) if len(rows) > 2 else None
     return Section(
         title=f"{model} on {data}",
         results=results_table(rows),
+        comparisons=comparison_table(rows),
         behaviour=behaviour_table(rows),
-        sentences=[sentence for row in rows if (sentence := _sentence(row, rows))],
+        sentences=_sentences(rows),
         plots=[forest, *plots] if forest is not None and not several else plots,
     )
 
 
-def _sentence(row: Row, rows: Sequence[Row]) -> str | None:
-    """What a comparison found, and where it found no gain, what attention, rho and the weights did."""
-    if row.comparison is None:
-        return None
-    against = next((r for r in rows if r.variant.name == row.variant.against), None)
-    other = against.variant.label if against else row.variant.against
-    found = row.comparison.difference
-    points = f"{100 * abs(found.mean):.1f} points"
-    if found.n < 2:
-        direction = "more" if found.mean > 0 else "less"
-        return f"{row.variant.label}: {points} {direction} than {other} with one seed; nothing can be said yet."
-    ends = f"95 % interval {100 * found.low:+.1f} to {100 * found.high:+.1f}, {found.n} seeds"
-    if row.verdict == "helps":
-        return f"{row.variant.label}: {points} better than {other} ({ends}, {_p_is(row)})."
-    why = _why(row, against) if against else ""
-    if row.verdict == "hurts":
-        return f"{row.variant.label}: {points} worse than {other} ({ends}, {_p_is(row)}). {why}"
-    p = f", {_p_is(row)}" if _p(row) else ""
-    return f"{row.variant.label}: not told apart from {other} ({ends}{p}). {why}"
+def _sentences(rows: Sequence[Row]) -> list[str]:
+    """Where a comparison found no gain: that it did not, and what attention, rho and the weights did."""
+    sentences = []
+    for row in rows:
+        for name, found in row.comparisons.items():
+            against = next(r for r in rows if r.variant.name == name)
+            who = f"{row.variant.label} against {against.variant.label}: {_difference(found)} points"
+            if found.difference.n < 2:
+                sentences.append(f"{who}, of one seed; nothing can be said yet.")
+            elif found.verdict != "helps":
+                p = _p(found)
+                test = f", p {p if p.startswith('<') else f'= {p}'}" if p else ""
+                verdict = "worse" if found.verdict == "hurts" else "not told apart"
+                sentences.append(f"{who}{test}: {verdict}. {_why(row, against)}")
+    return sentences
 
 
 def _why(row: Row, against: Row) -> str:
@@ -217,8 +223,12 @@ def _state(found: Findings) -> str:
     )
 
 
-def _full_name(row: Row) -> str:
-    return f"{row.model}, {row.data.removeprefix('builtin:')}: {row.variant.label}"
+def _short_name(row: Row, against: Row) -> str:
+    return f"{row.variant.label}  −  {against.variant.label}"
+
+
+def _full_name(row: Row, against: Row) -> str:
+    return f"{row.model}, {row.data.removeprefix('builtin:')}: {_short_name(row, against)}"
 
 
 def _shared_settings(found: Findings) -> list[tuple[str, str]]:

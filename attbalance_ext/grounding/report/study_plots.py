@@ -43,27 +43,32 @@ class Plot:
     """The file's text."""
 
 
-def differences(rows: Sequence[Row], name: Callable[[Row], str]) -> Plot | None:
-    """What each row's accuracy differs by from what it is compared with, in points; None where nothing is compared."""
-    compared = [row for row in rows if row.comparison is not None]
+def differences(rows: Sequence[Row], name: Callable[[Row, Row], str]) -> Plot | None:
+    """Every comparison in accuracy, in points; None where nothing is compared. ``name``: of a row and another."""
+    compared = [
+        (name(row, against), comparison)
+        for row in rows
+        for other, comparison in row.comparisons.items()
+        for against in rows
+        if (against.model, against.data, against.variant.name) == (row.model, row.data, other)
+    ]
     if not compared:
         return None
-    figure, (axes,) = _figure(1, width=7.2, height=0.8 + 0.3 * len(compared))
-    for place, row in enumerate(reversed(compared)):
-        assert row.comparison is not None
-        found = row.comparison.difference
-        colour = {"helps": "#0072b2", "hurts": "#d55e00"}.get(row.verdict, "#7f7f7f")
-        _point(axes, 100 * found.mean, place, _scaled(found), colour, "o", horizontal=True)
+    figure, (axes,) = _figure(1, width=8.4, height=0.8 + 0.3 * len(compared))
+    for place, (_, comparison) in enumerate(reversed(compared)):
+        colour = {"helps": "#0072b2", "hurts": "#d55e00"}.get(comparison.verdict, "#7f7f7f")
+        found = _scaled(comparison.difference)
+        _point(axes, found.mean, place, found, colour, "o", horizontal=True)
     axes.axvline(0, color="#1c2024", linewidth=0.8)
-    labels = [f"{name(row)} (n = {row.comparison.difference.n})" for row in reversed(compared) if row.comparison]
+    labels = [f"{label} (n = {comparison.difference.n})" for label, comparison in reversed(compared)]
     axes.set_yticks(range(len(compared)), labels)
     axes.grid(axis="y", visible=False)
     axes.set_ylim(-0.6, len(compared) - 0.4)
     axes.set_xlabel("difference in acc@0.5, points")
     return Plot(
         "Differences",
-        "Mean over n training seeds with its 95 % interval, against what the study compares it with. Blue: better, "
-        "orange: worse, grey: not told apart at 5 %, adjusted for the study's number of comparisons.",
+        "Mean over n training seeds with its 95 % interval. Blue: better, orange: worse, grey: not told apart at 5 %, "
+        "adjusted for the study's number of comparisons.",
         _svg(figure),
     )
 
