@@ -133,6 +133,7 @@ class CMakeBuild(build_ext):
             f"-DTORCH_LIBRARY_DIR={torch / 'lib'}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
             f"-DCMAKE_CXX_COMPILER={compiler()}",
+            f"-DATTBALANCE_VERSION={self.distribution.get_version()}",
         ]
         if "attbalance_cuda" in targets:
             architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "")

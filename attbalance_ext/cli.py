@@ -12,10 +12,10 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("attbalance_ext"):
             raise
-        if sys.argv[1:] == ["info"]:
-            from attbalance_ext.info import print_report
+        if sys.argv[1:2] == ["info"]:
+            from attbalance_ext.info import main as info
 
-            raise SystemExit(0 if print_report() else 1) from None
+            raise SystemExit(info(sys.argv[2:])) from None
         print(
             f"attbalance: the command line needs {error.name!r}: pip install 'attbalance_ext[train]'",
             file=sys.stderr,

@@ -5,7 +5,7 @@
 #
 # Needs Python (PYTHON=..., default python3) with a CUDA build of PyTorch, and nvcc, a C++ compiler and CMake to build with
 # or, instead of those three, a wheel built elsewhere from the same commit, WHEEL=dist/attbalance_ext-....whl, whose libraries
-# are used with the checkout's Python files: pip wheel . --no-build-isolation --no-deps -w dist. What else is missing is said, and the steps that need it are left
+# are used with the checkout's Python files: make wheel. What else is missing is said, and the steps that need it are left
 # out. A step that fails or takes too long does not stop the next. The exit status is 1 if any step failed.
 # The limits below are from a run on an H100 with 16 cores, a wheel and empty caches: 390 s, one benchmark cut off at 60 s and
 # suites tail and tap not yet among them. These two come last, so they are the first to go where building takes long.

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from attbalance_ext import (
     available_backends,
 )
 from attbalance_ext.kernels import choose, ops
+from attbalance_ext.kernels.problem import Problem
 
 
 def terms(backend: str = "auto") -> AttentionTerms:
@@ -30,7 +33,7 @@ def terms(backend: str = "auto") -> AttentionTerms:
 
 @pytest.fixture
 def no_cpu_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_cpu_problems", ["libattbalance_cpu.so was not built: install a compiler"])
+    monkeypatch.setattr(ops, "_cpu_problems", [Problem("libattbalance_cpu.so was not built", "install a compiler")])
     monkeypatch.setattr(choose, "_logged", set())
 
 
@@ -141,11 +144,11 @@ def test_auto_does_not_log_when_nothing_is_missing(
 
 def test_library_that_does_not_load_is_a_reason(tmp_path) -> None:
     broken = tmp_path / "libattbalance_cpu.so"
-    assert "was not built" in ops._load(broken)[0]
+    assert ops._load(broken)[0].reason == "libattbalance_cpu.so was not built"
     broken.write_bytes(b"not a library")
-    (reason,) = ops._load(broken)
-    assert "does not load" in reason
-    assert torch.__version__ in reason
+    (problem,) = ops._load(broken)
+    assert problem.reason.startswith(f"libattbalance_cpu.so does not load with PyTorch {torch.__version__} (")
+    assert "pip install --no-build-isolation" in problem.remedy
 
 
 def test_float64_names_the_backends_that_have_it() -> None:
@@ -185,18 +188,46 @@ def test_cuda_kernels_refuse_other_devices(cuda_everywhere: None) -> None:
 
 def test_cuda_library_without_code_for_the_device(cuda_everywhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then "auto" takes another backend, instead of failing at the first launch."""
-    monkeypatch.setattr(ops, "_kernel_problems", lambda: ["no kernel image is available"])
-    assert available_backends()["cuda"] == ["no kernel image is available"]
+    monkeypatch.setattr(ops, "_kernel_problems", lambda: [Problem("no kernel image is available", "build one")])
+    assert available_backends()["cuda"] == ["no kernel image is available: build one"]
     assert choose.choose("auto", "cuda", torch.float32) != "cuda"
 
 
 def test_cuda_without_a_device(cuda_everywhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_device_problems", lambda: ["PyTorch finds no CUDA device"])
-    assert available_backends()["cuda"] == ["PyTorch finds no CUDA device"]
+    monkeypatch.setattr(ops, "_device_problems", lambda: [Problem("PyTorch finds no CUDA device", "nvidia-smi")])
+    assert available_backends()["cuda"] == ["PyTorch finds no CUDA device: nvidia-smi"]
 
 
 def test_cuda_library_that_was_not_built_says_what_builds_it(tmp_path) -> None:
-    assert "the CUDA toolkit" in ops._load(tmp_path / "libattbalance_cuda.so", "the CUDA toolkit (nvcc)")[0]
+    assert "the CUDA toolkit" in ops._load(tmp_path / "libattbalance_cuda.so", "the CUDA toolkit (nvcc)")[0].remedy
+
+
+@pytest.mark.parametrize(
+    ("message", "remedy"),
+    [
+        (b"no kernel image is available for execution on the device", "TORCH_CUDA_ARCH_LIST=8.7 pip install"),
+        (b"CUDA driver version is insufficient for CUDA runtime version", "update the driver, or build with"),
+    ],
+)
+def test_kernels_that_the_device_cannot_run(monkeypatch: pytest.MonkeyPatch, message: bytes, remedy: str) -> None:
+    class Loaded:
+        def __init__(self, path: str) -> None:
+            self.attbalance_cuda_problem = lambda: message
+
+    monkeypatch.setattr(ops.ctypes, "CDLL", Loaded)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 7))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Orin")
+    (problem,) = ops._kernel_problems.__wrapped__()
+    assert problem.reason == f"libattbalance_cuda.so on Orin (compute capability 8.7): {message.decode()}"
+    assert problem.remedy.startswith(remedy)
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch has CUDA")
+def test_a_cuda_library_beside_a_pytorch_without_cuda(tmp_path) -> None:
+    library = tmp_path / "libattbalance_cuda.so"
+    assert ops._load_cuda(library)[0].remedy.endswith("libattbalance_cuda.so was not built either")
+    library.touch()
+    assert ops._load_cuda(library)[0].remedy.endswith("libattbalance_cuda.so is here")
 
 
 @pytest.fixture
@@ -221,7 +252,7 @@ def test_reasons_why_triton_cannot_run(
     triton_version: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ops, "TRITON_IS_INTERPRETED", True)
-    for version, reason in ((None, "pip install attbalance_ext[triton]"), ("3.5.1", "3.5.1 is too old")):
+    for version, reason in ((None, "pip install 'triton>=3.6'"), ("3.5.1", "3.5.1 is too old")):
         triton_version(version)
         assert reason in available_backends()["triton"][0]
     for version in ("3.6.0", "3.10.0", "4.0.0+git1234"):
@@ -229,11 +260,55 @@ def test_reasons_why_triton_cannot_run(
         assert available_backends()["triton"] == []
     monkeypatch.setattr(ops, "TRITON_IS_INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert available_backends()["triton"] == ["PyTorch finds no CUDA device"]
+    assert [reason.partition(":")[0] for reason in available_backends()["triton"]] == ["PyTorch finds no CUDA device"]
+
+
+@pytest.fixture
+def bare_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """PATH has this folder alone; Triton's driver cannot be had, for there is no device."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    return tmp_path
+
+
+def triton_compiler_problems() -> tuple[Problem, ...]:
+    return ops._triton_compiler_problems.__wrapped__()
+
+
+def test_triton_needs_a_c_compiler(bare_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (problem,) = triton_compiler_problems()
+    assert problem.reason.startswith("Triton cannot compile its launcher (")
+    assert "apt install gcc" in problem.remedy
+    (bare_path / "gcc").touch(0o755)
+    assert not triton_compiler_problems()
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert "apt install gcc" in triton_compiler_problems()[0].remedy
+
+
+def test_triton_needs_python_s_headers(bare_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (bare_path / "gcc").touch(0o755)
+    monkeypatch.setattr(ops.sysconfig, "get_path", lambda name, scheme: str(bare_path))
+    assert "apt install python3-dev" in triton_compiler_problems()[0].remedy
+
+
+def test_triton_needs_no_compiler_where_its_cache_has_the_launcher(
+    bare_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = SimpleNamespace(driver=SimpleNamespace(active=SimpleNamespace(utils=None)))
+    monkeypatch.setattr(ops.importlib, "import_module", lambda name: cached)
+    assert not triton_compiler_problems()
+
+
+def test_a_device_without_a_compiler_leaves_triton_out(bare_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "TRITON_IS_INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(ops, "_installed_triton_problems", tuple)
+    monkeypatch.setattr(ops, "_triton_compiler_problems", ops._triton_compiler_problems.__wrapped__)
+    assert "cannot compile its launcher" in available_backends()["triton"][0]
 
 
 def test_auto_takes_triton_where_nothing_was_compiled(cuda_everywhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_cuda_problems", ["libattbalance_cuda.so was not built"])
+    monkeypatch.setattr(ops, "_cuda_problems", [Problem("libattbalance_cuda.so was not built", "build it")])
     monkeypatch.setitem(choose.BACKENDS, "triton", choose.BACKENDS["triton"]._replace(problems=list))
     assert choose.choose("auto", "cuda", torch.float32) == "triton"
     assert choose.choose("auto", "cuda", torch.float64) == "reference"
@@ -250,4 +325,5 @@ def test_asking_what_is_available_imports_no_triton_kernel() -> None:
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch has CUDA")
 def test_pytorch_without_cuda_is_a_reason() -> None:
-    assert f"PyTorch {torch.__version__} was built without CUDA" in available_backends()["cuda"]
+    (reason,) = available_backends()["cuda"]
+    assert reason.startswith(f"PyTorch {torch.__version__} was built without CUDA: ")

@@ -32,6 +32,15 @@ def test_auto_says_what_is_missing_and_goes_on() -> None:
     assert "installing without them" in done.stderr
 
 
+def test_without_a_compiler_the_package_is_python_alone() -> None:
+    """`pip install` goes on, and `pip install -v` and `attbalance info` say what is missing."""
+    done = setup(ATTBALANCE_CPU="auto", PATH="/nowhere")
+    assert done.returncode == 0
+    for kernels in ("C++", "CUDA"):
+        assert f"the {kernels} kernels need a C++ compiler (g++ or clang++)" in done.stderr
+    assert done.stderr.count("installing without them") == 2
+
+
 @pytest.mark.parametrize("asked", [{"ATTBALANCE_CUDA": "1"}, {"FORCE_CUDA": "1"}])
 def test_what_is_asked_for_and_cannot_be_built_is_an_error(asked: dict[str, str]) -> None:
     done = setup(**asked)

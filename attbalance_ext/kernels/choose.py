@@ -11,6 +11,7 @@ import torch
 
 from attbalance_ext.errors import BackendUnavailable
 from attbalance_ext.kernels import ops
+from attbalance_ext.kernels.problem import Problem
 
 
 class Backend(NamedTuple):
@@ -18,7 +19,7 @@ class Backend(NamedTuple):
 
     devices: tuple[str, ...]  # device types of the tensors; empty: every one
     dtypes: tuple[torch.dtype, ...]  # of the arithmetic, not of the keys' storage
-    problems: Callable[[], list[str]]  # why it cannot run in this process; [] when it can
+    problems: Callable[[], list[Problem]]  # why it cannot run in this process; [] when it can
 
 
 _FLOAT32, _FLOAT32_64 = (torch.float32,), (torch.float32, torch.float64)
@@ -29,19 +30,19 @@ BACKENDS = {
     "cuda": Backend(("cuda",), _FLOAT32, ops.cuda_library_problems),
 }
 _FASTEST_FIRST = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
-_ENVIRONMENT = "ATTBALANCE_BACKEND"
+ENVIRONMENT = "ATTBALANCE_BACKEND"
 
 _log = logging.getLogger("attbalance_ext")
 _logged: set[str] = set()
 
 
 def available_backends() -> dict[str, list[str]]:
-    """Every backend's name with the reasons why it cannot run here; an empty list means that it can.
+    """Every backend's name with the reasons why it cannot run here, and remedies; an empty list means that it can.
 
     >>> available_backends()["reference"]
     []
     """
-    return {name: backend.problems() for name, backend in BACKENDS.items()}
+    return {name: [str(problem) for problem in backend.problems()] for name, backend in BACKENDS.items()}
 
 
 def check_name(backend: str) -> None:
@@ -62,9 +63,9 @@ def choose(backend: str, device_type: str, dtype: torch.dtype) -> str:
     """
     check_name(backend)
     if backend == "auto":
-        backend = os.environ.get(_ENVIRONMENT, "auto")
+        backend = os.environ.get(ENVIRONMENT, "auto")
         if backend != "auto" and backend not in BACKENDS:
-            raise ValueError(f"{_ENVIRONMENT} must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+            raise ValueError(f"{ENVIRONMENT} must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
     if backend != "auto":
         reasons = _why_not(backend, device_type, dtype)
         if reasons:
@@ -81,9 +82,15 @@ def choose(backend: str, device_type: str, dtype: torch.dtype) -> str:
     raise AssertionError("the reference backend runs everywhere")
 
 
+def preferred(device_type: str) -> str:
+    """What "auto" takes for float32 tensors on this device type where ``ATTBALANCE_BACKEND`` is not set."""
+    candidates = _FASTEST_FIRST.get(device_type, ("reference",))
+    return next(name for name in candidates if not _why_not(name, device_type, torch.float32))
+
+
 def _why_not(name: str, device_type: str, dtype: torch.dtype) -> list[str]:
     backend = BACKENDS[name]
-    reasons = backend.problems()
+    reasons = [str(problem) for problem in backend.problems()]
     if backend.devices and device_type not in backend.devices:
         reasons.append(f"the tensors are on {device_type}")
     if dtype not in backend.dtypes:

@@ -13,6 +13,8 @@ import functools
 import importlib
 import os
 import re
+import shutil
+import sysconfig
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -24,74 +26,123 @@ from torch import Tensor
 from attbalance_ext.kernels.attention_terms.reference import AttentionTerms
 from attbalance_ext.kernels.balanced_loss.reference import SAMPLE_ROWS, Objective
 from attbalance_ext.kernels.dtypes import DTYPES
+from attbalance_ext.kernels.problem import Problem, build
 
 BACKENDS = ("cpu", "triton", "cuda")
 TRITON = (3, 6)  # the oldest that the kernels run with
 # Triton on CPU tensors, one program after another; Triton reads the variable when it is imported.
 TRITON_IS_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "on", "true")
-_CPU_LIBRARY, _CUDA_LIBRARY = (Path(__file__).parent / "lib" / f"libattbalance_{name}.so" for name in ("cpu", "cuda"))
+CPU_LIBRARY, CUDA_LIBRARY = (Path(__file__).parent / "lib" / f"libattbalance_{name}.so" for name in ("cpu", "cuda"))
 
 MAX_GRIDS = 16  # of one region: what the arguments of a CUDA launch hold
 
 _definitions = torch.library.Library("attbalance_ext", "DEF")
 
 
-def _load(path: Path, compiler: str = "a C++ compiler") -> list[str]:
-    """Load a native library; the reasons why it could not be loaded, or []."""
+def _load(path: Path, compiler: str = "a C++ compiler") -> list[Problem]:
+    """Load a native library; why it could not be loaded, or []."""
     if not path.exists():
-        return [
-            f"{path.name} was not built: with PyTorch, CMake and {compiler} installed, run pip install "
-            "--no-build-isolation --force-reinstall --no-deps attbalance_ext (in a checkout: make setup)"
-        ]
+        return [Problem(f"{path.name} was not built", f"with PyTorch, CMake and {compiler} installed, {build()}")]
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        return [f"{path.name} does not load with PyTorch {torch.__version__}: {error}"]
+        reason = " ".join(str(error).split())
+        return [Problem(f"{path.name} does not load with PyTorch {torch.__version__} ({reason})", build())]
     return []
 
 
-def cpu_library_problems() -> list[str]:
+def _load_cuda(path: Path) -> list[Problem]:
+    """The same for the library that names CUDA symbols, which PyTorch without CUDA does not have."""
+    if torch.version.cuda:
+        return _load(path, "the CUDA toolkit (nvcc)")
+    here = "is here" if path.exists() else "was not built either"
+    reason = f"PyTorch {torch.__version__} was built without CUDA"
+    return [Problem(reason, f"install a build of it with CUDA; {path.name} {here}")]
+
+
+def loaded_libraries() -> dict[Path, bool]:
+    """Where the native libraries are, or would be, and whether they are loaded."""
+    return {CPU_LIBRARY: not _cpu_problems, CUDA_LIBRARY: not _cuda_problems}
+
+
+def cpu_library_problems() -> list[Problem]:
     """Why the C++ kernels cannot run here; [] when they can."""
     return list(_cpu_problems)
 
 
-def cuda_library_problems() -> list[str]:
+def cuda_library_problems() -> list[Problem]:
     """Why the CUDA kernels cannot run here; [] when they can."""
     return _cuda_problems + _device_problems() or _kernel_problems()
 
 
 @functools.cache
-def _device_problems() -> list[str]:
+def _device_problems() -> list[Problem]:
     # Asked when somebody needs to know, not on import: looking for a device spoils CUDA for processes forked later.
-    return [] if torch.cuda.is_available() or not torch.version.cuda else ["PyTorch finds no CUDA device"]
+    return [] if torch.cuda.is_available() or not torch.version.cuda else [_NO_DEVICE]
 
 
 @functools.cache
-def _kernel_problems() -> list[str]:
+def _kernel_problems() -> list[Problem]:
     """Whether the library has code for the current device that its driver can run (csrc/cuda/probe.cu)."""
-    problem = ctypes.CDLL(str(_CUDA_LIBRARY)).attbalance_cuda_problem
+    problem = ctypes.CDLL(str(CUDA_LIBRARY)).attbalance_cuda_problem
     problem.restype = ctypes.c_char_p
     message = problem()
-    return [f"{_CUDA_LIBRARY.name} on {torch.cuda.get_device_name()}: {message.decode()}"] if message else []
+    if not message:
+        return []
+    capability = "{}.{}".format(*torch.cuda.get_device_capability())
+    remedy = build(TORCH_CUDA_ARCH_LIST=capability)
+    if b"driver version is insufficient" in message:
+        remedy = f"update the driver, or build with the CUDA toolkit that it knows: {remedy}"
+    device = f"{torch.cuda.get_device_name()} (compute capability {capability})"
+    return [Problem(f"{CUDA_LIBRARY.name} on {device}: {message.decode()}", remedy)]
 
 
 @functools.cache
-def _installed_triton_problems() -> tuple[str, ...]:
+def _installed_triton_problems() -> tuple[Problem, ...]:
     """Looks at what is installed, without importing it."""
+    remedy = f"pip install 'triton>={'.'.join(map(str, TRITON))}'"
     try:
         version = metadata.version("triton")
     except metadata.PackageNotFoundError:
-        return ("Triton is not installed: pip install attbalance_ext[triton]",)
+        return (Problem("Triton is not installed", remedy),)
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < TRITON:
-        return (f"Triton {version} is too old: pip install 'triton>={'.'.join(map(str, TRITON))}'",)
+        return (Problem(f"Triton {version} is too old", remedy),)
     return ()
 
 
-def triton_problems() -> list[str]:
+@functools.cache
+def _triton_compiler_problems() -> tuple[Problem, ...]:
+    """At its first launch Triton compiles some C against Python's headers, unless its cache has the result."""
+    named = os.environ.get("CC")
+    compiler = shutil.which(named) if named else shutil.which("gcc") or shutil.which("clang")
+    headers = Path(sysconfig.get_path("include", "posix_prefix")) / "Python.h"
+    if compiler and headers.exists():
+        return ()
+    try:
+        importlib.import_module("triton.runtime").driver.active.utils  # noqa: B018 made when it is asked for
+    except Exception as error:
+        if not compiler:
+            remedy = "install a C compiler (Debian, Ubuntu: apt install gcc) or name one: CC=..."
+        else:
+            remedy = "install Python's headers (Debian, Ubuntu: apt install python3-dev)"
+        return (Problem(f"Triton cannot compile its launcher ({' '.join(str(error).split())})", remedy),)
+    return ()
+
+
+def triton_problems() -> list[Problem]:
     """Why the Triton kernels cannot run here; [] when they can."""
-    if TRITON_IS_INTERPRETED or torch.cuda.is_available():
-        return list(_installed_triton_problems())
-    return [*_installed_triton_problems(), "PyTorch finds no CUDA device"]
+    installed = list(_installed_triton_problems())
+    if TRITON_IS_INTERPRETED:
+        return installed
+    if not torch.cuda.is_available():
+        return [*installed, _NO_DEVICE]
+    return installed or list(_triton_compiler_problems())
+
+
+_ASK_THE_DRIVER = "see what nvidia-smi says, and CUDA_VISIBLE_DEVICES"
+_NO_DEVICE = Problem(
+    "PyTorch finds no CUDA device", _ASK_THE_DRIVER if torch.version.cuda else "install a build of PyTorch with CUDA"
+)
 
 
 # --- attention_terms -------------------------------------------------------------------------------------------------
@@ -446,9 +497,5 @@ for _key in ("CUDA", "CPU") if TRITON_IS_INTERPRETED else ("CUDA",):
     ):
         _definitions.impl(f"{_name}.triton", _triton_implementation(_stem, _name), _key)
 
-_cpu_problems = _load(_CPU_LIBRARY)
-# The library names CUDA symbols, which PyTorch without CUDA does not have.
-if torch.version.cuda:
-    _cuda_problems = _load(_CUDA_LIBRARY, "the CUDA toolkit (nvcc)")
-else:
-    _cuda_problems = [f"PyTorch {torch.__version__} was built without CUDA"]
+_cpu_problems = _load(CPU_LIBRARY)
+_cuda_problems = _load_cuda(CUDA_LIBRARY)

@@ -105,6 +105,13 @@ def test_info_needs_no_extra(tmp_path: Path) -> None:
     assert re.search(r"cuda +cannot run here: \S+", result.stdout)
 
 
+def test_info_has_the_options_of_the_library_s_own_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("info", "--json", "--require", "cpu") == 0
+    assert json.loads(capsys.readouterr().out)["passed"] is True
+    assert call("info", "--require", "gpu") == 2
+    assert "--require must be one of reference, cpu, triton, cuda, got 'gpu'" in capsys.readouterr().err
+
+
 def test_train_eval_rho_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "full"
     assert call("train", "--out", run, *SMALL, "--alpha-ar", "0.5", "--rho", "0.1,0.2,0.3") == 0

@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
 import attbalance_ext
+from attbalance_ext import available_backends
 from attbalance_ext.grounding.errors import UserError
 from attbalance_ext.info import print_report
 
@@ -21,12 +23,19 @@ def register(app: typer.Typer) -> None:
     )
 
 
-def info() -> None:
-    """Say what is installed, which backends can run here (and why others cannot), and check that they agree.
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    require: Annotated[list[str] | None, typer.Option(help="Exit code 1 if this backend cannot run here.")] = None,
+) -> None:
+    """Say what is installed, which backends run here, whether they agree, why others do not run and what to do.
 
-    Exit code 1 when a backend disagrees with the reference.
+    Exit code 1 when a backend disagrees with the reference, or when one that --require or ATTBALANCE_BACKEND names
+    cannot run here. Without the extra 'train': python -m attbalance_ext.info.
     """
-    raise typer.Exit(0 if print_report() else 1)
+    for name in require or ():
+        if name not in available_backends():
+            raise UserError(f"--require must be one of {', '.join(available_backends())}, got {name!r}")
+    raise typer.Exit(0 if print_report(require or (), as_json) else 1)
 
 
 def bench(context: typer.Context) -> None:
