@@ -9,9 +9,8 @@ On a line of its own in a page:
     <!-- compare OLD.py NEW.py -->          a program, and what makes another one of it
     <!-- reference package.module.Name -->  its entry in the reference
 
-With ", if it exists" before the arrow what is missing is left out; without, it is an error. Links are written as
-they work in the file they stand in. A link to a page of the site is kept, one to another file of the checkout becomes
-its text.
+What is missing is an error. Links are written as they work in the file they stand in. A link to a page of the site is
+kept, one to another file of the checkout becomes its text.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ SHOWN_ON = {
     "benchmarks/GUIDELINES.md": "docs/measuring.md",
 }
 
-_INCLUDE = re.compile(r"<!-- include ([^\s#,]+)(?:#([\w-]+))?(, if it exists)? -->")
-_COMPARE = re.compile(r"<!-- compare ([^\s,]+) ([^\s,]+)(, if it exists)? -->")
-_REFERENCE = re.compile(r"<!-- reference ([\w.]+)(, if it exists)? -->")
+_INCLUDE = re.compile(r"<!-- include ([^\s#,]+)(?:#([\w-]+))? -->")
+_COMPARE = re.compile(r"<!-- compare ([^\s,]+) ([^\s,]+) -->")
+_REFERENCE = re.compile(r"<!-- reference ([\w.]+) -->")
 _HEADING = re.compile(r"(#+) (.+)")
 _LINK = re.compile(r"\[([^\[\]]*)\]\(([^()\s]+)\)")
 
@@ -54,11 +53,11 @@ def expand(markdown: str, path: str) -> str:
         if not is_code and (heading := _HEADING.fullmatch(line)):
             level = len(heading[1])
         elif not is_code and (include := _INCLUDE.fullmatch(line)):
-            line = _included(include[1], include[2], path, level, optional=bool(include[3]))
+            line = _included(include[1], include[2], path, level)
         elif not is_code and (compare := _COMPARE.fullmatch(line)):
-            line = _compared(compare[1], compare[2], path, optional=bool(compare[3]))
+            line = _compared(compare[1], compare[2], path)
         elif not is_code and (reference := _REFERENCE.fullmatch(line)):
-            line = _reference(reference[1], path, optional=bool(reference[2]))
+            line = _reference(reference[1], path)
         lines.append(line)
     return "\n".join(lines)
 
@@ -84,10 +83,10 @@ def slugify(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
-def _included(source: str, slug: str | None, path: str, level: int, *, optional: bool) -> str:
+def _included(source: str, slug: str | None, path: str, level: int) -> str:
     file = ROOT / source
     if not file.is_file():
-        return _missing(f"{path} includes {source}", optional)
+        raise PluginError(f"{path} includes {source}, which does not exist")
     text = file.read_text()
     if file.suffix == ".py":
         return _folded(source, text)
@@ -100,28 +99,22 @@ def _included(source: str, slug: str | None, path: str, level: int, *, optional:
     return _map(_relink(text, source, path), lambda line: _moved(line, level - depth))
 
 
-def _compared(old: str, new: str, path: str, *, optional: bool) -> str:
+def _compared(old: str, new: str, path: str) -> str:
     for source in (old, new):
         if not (ROOT / source).is_file():
-            return _missing(f"{path} compares {source}", optional)
+            raise PluginError(f"{path} compares {source}, which does not exist")
     texts = [(ROOT / source).read_text() for source in (old, new)]
     lines = [text.splitlines() for text in texts]
     changes = "\n".join(difflib.unified_diff(*lines, old, new, lineterm=""))
     return f"```diff\n{changes}\n```\n\n{_folded(old, texts[0])}\n{_folded(new, texts[1])}"
 
 
-def _reference(name: str, path: str, *, optional: bool) -> str:
+def _reference(name: str, path: str) -> str:
     module, _, attribute = name.rpartition(".")
     files = [ROOT / f"{module.replace('.', '/')}{end}" for end in (".py", "/__init__.py")]
     if not any(file.is_file() and re.search(rf"\b{attribute}\b", file.read_text()) for file in files):
-        return _missing(f"{path} shows the reference of {name}", optional)
+        raise PluginError(f"{path} shows the reference of {name}, which does not exist")
     return f"::: {name}"
-
-
-def _missing(what: str, optional: bool) -> str:
-    if optional:
-        return ""
-    raise PluginError(f"{what}, which does not exist")
 
 
 def _folded(source: str, code: str) -> str:
