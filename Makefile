@@ -73,14 +73,14 @@ demo: $(VENV)/.installed  ## train the tiny model with and without AttBalance; w
 	$(BIN)/attbalance demo
 
 lock: $(TOOLS)/.installed  ## pin what pyproject.toml asks for, with hashes; newer versions with LOCK_ARGS=--upgrade
-	PATH=$(abspath $(TOOLS))/bin:$$PATH python scripts/lock.py $(LOCK_ARGS)
+	PATH=$(abspath $(TOOLS))/bin:$$PATH $(TOOLS)/bin/python scripts/lock.py $(LOCK_ARGS)
 
 # --strict: a package that the service does not know is an error; without it such a run would call itself clean.
 audit: $(TOOLS)/.installed  ## ask PyPI for known vulnerabilities of every pinned version
 	$(TOOLS)/bin/pip-audit --strict --require-hashes --disable-pip $(AUDIT_ARGS) $(foreach file,torch cuda lock tools,-r requirements/$(file).txt)
 
-licences: $(VENV)/.installed  ## write docs/licences.md: what everything that is pinned is licensed under
-	$(BIN)/python scripts/licences.py
+licences: $(VENV)/.installed  ## write the table of docs/supply-chain.md: under which licence everything is that is pinned
+	$(BIN)/python -m scripts.licences
 
 clean:  ## remove the environment, builds and caches
 	rm -rf $(VENV) build dist *.egg-info attbalance_ext/kernels/lib/*.so
@@ -104,7 +104,7 @@ $(VENV)/.created:
 
 # PyTorch is whichever build pip finds here, of CUDA or for the CPU alone; once it is here, its hash must be listed.
 # The build for CUDA asks for NVIDIA's libraries, 3 GB.
-$(VENV)/.locked: $(wildcard requirements/*.txt) | $(VENV)/.created
+$(VENV)/.locked: requirements/torch.txt requirements/cuda.txt requirements/lock.txt | $(VENV)/.created
 	rm -rf $(VENV)/torch
 	$(PIP) download --progress-bar off --only-binary :all: --no-deps -d $(VENV)/torch $(TORCH)
 	$(PIP) $(LOCKED) --no-index --find-links $(VENV)/torch -r requirements/torch.txt

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires
 from typing import Any
@@ -11,14 +10,9 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from scripts.licences import PROJECT
+from scripts.lock import CUDA, ENVIRONMENTS, LOCK, TOOLS, TORCH, TORCH_CPU, Pin, read, torch_cpu_hashes
 
-from scripts.lock import CUDA, ENVIRONMENTS, LOCK, ROOT, TOOLS, TORCH, TORCH_CPU, Pin, read, torch_cpu_hashes
-
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 OURS = read(TORCH) + read(CUDA) + read(LOCK)
 ENVIRONMENT_IDS = [f"{each['python_version']}-{each['platform_machine']}" for each in ENVIRONMENTS]
 
