@@ -82,6 +82,7 @@ def watched(program: str, folder: Path) -> tuple[subprocess.CompletedProcess[str
     return done, attempts.read_text().splitlines() if attempts.exists() else []
 
 
+@pytest.mark.slow
 def test_nothing_is_asked_of_the_network(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("triton")
