@@ -56,7 +56,7 @@ class TeacherCallback(TrainerCallback):  # +
 
     def on_train_begin(self, args, state, control, **kwargs):  # +
         if state.global_step > 0:  # + resumed from a checkpoint
-            self.teacher.load_state_dict(torch.load(self.file(args, state), map_location=args.device))  # +
+            self.teacher.load_state_dict(torch.load(self.file(args, state), map_location="cpu", weights_only=True))  # +
 
     def file(self, args: TrainingArguments, state) -> Path:  # +
         return Path(args.output_dir) / f"checkpoint-{state.global_step}" / "teacher.pt"  # +

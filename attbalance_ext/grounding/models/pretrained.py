@@ -15,14 +15,14 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 def read_config(option: str, weights: str, model_type: str) -> Any:
-    """The configuration at ``weights``: a folder, a hub id, or ``id@revision``.
+    """The configuration at ``weights``: a folder, a hub id, or ``id@revision``; no code that lies there runs.
 
     Raises:
         UserError: there is none, or it is not of ``model_type``; the message names ``option``.
     """
     source, revision = address(weights)
     try:
-        config = AutoConfig.from_pretrained(source, revision=revision)
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         cause = str(error).strip().partition("\n")[0]
         raise UserError(f"{option}: {weights!r} is no folder or hub id of a transformers model: {cause}") from None
