@@ -94,10 +94,12 @@ class Solution:
 @dataclass
 class Truth(Solution):
     """`natural`: by the name of the result, the size it would have without cancellation in the stable form of the
-    equations. `noise`: what the truth itself may be wrong by. (L, B) each."""
+    equations. `noise`: what the truth itself may be wrong by. (L, B) each. `grad_dot`: gradients by q . k, (L, B, N),
+    where they were worked out."""
 
     natural: dict[str, Tensor]
     noise: dict[str, Tensor]
+    grad_dot: Tensor | None = None
 
 
 def make_problem(

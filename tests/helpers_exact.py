@@ -61,7 +61,7 @@ def extreme_problem(
 
 
 def exact(problem: Problem) -> Truth:
-    """The solution of a small problem without padding, from its very bits, by the naive equations."""
+    """The solution of a small problem, from its very bits, by the naive equations."""
     with decimal.localcontext(decimal.Context(prec=60, Emin=-(10**6), Emax=10**6)):
         return _exact(problem)
 
@@ -73,41 +73,49 @@ def _exact(problem: Problem) -> Truth:
     noise = {name: torch.zeros(layers, batch, dtype=torch.float64) for name in RESULTS}
     grad_query = [torch.zeros(batch, width, dtype=torch.float64) for _ in range(layers)]
     grad_key = [torch.zeros(batch, tokens, width, dtype=torch.float64) for _ in range(layers)]
+    grad_dot = torch.zeros(layers, batch, tokens, dtype=torch.float64)
     weights, teacher = problem.weights(), problem.teacher
     assert teacher is not None
     for layer in range(layers):
         for b in range(batch):
-            q, k, scale = _vector(problem.query[layer][b]), _rows(problem.key[layer][b]), Decimal(problem.scale[layer])
-            m = _vector(weights[b])
+            keep = slice(None) if problem.padding is None else ~problem.padding[b]
+            q, scale = _vector(problem.query[layer][b]), Decimal(problem.scale[layer])
+            k = _rows(problem.key[layer][b, keep])
+            m = _vector(weights[b, keep])
             p = _softmax(q, k, scale)
-            t = _softmax(_vector(teacher.query[layer][b]), _rows(teacher.key[layer][b]), Decimal(teacher.scale[layer]))
+            teacher_q, teacher_scale = _vector(teacher.query[layer][b]), Decimal(teacher.scale[layer])
+            t = _softmax(teacher_q, _rows(teacher.key[layer][b, keep]), teacher_scale)
             g_in, g_rac, g_mrc = (Decimal(g[layer, b].item()) for g in problem.incoming)
-            a_in = _dot(p, m)
+            outside = [1 - mj for mj in m]
+            a_in, a_out = _dot(p, m), _dot(p, outside)
+            log_in = a_in.ln() if a_out > Decimal("1e-20") else -a_out - a_out**2 / 2 - a_out**3 / 3
             distance = [ti.ln() - pi.ln() for ti, pi in zip(t, p, strict=True)]
-            values[:, layer, b] = _tensor([a_in, -2 * a_in.ln(), _dot(t, distance)])
-            d_in = [pj * (mj - a_in) for pj, mj in zip(p, m, strict=True)]
+            values[:, layer, b] = _tensor([a_in, -2 * log_in, _dot(t, distance)])
+            # p_j (m_j - A_in), also where A_out is less than 60 digits of 1.
+            d_in = [pj * (mj * a_out - rest * a_in) for pj, mj, rest in zip(p, m, outside, strict=True)]
             d_mrc = [pj - tj for pj, tj in zip(p, t, strict=True)]
             d_s = [(g_in - 2 * g_rac / a_in) * x + g_mrc * y for x, y in zip(d_in, d_mrc, strict=True)]
-            grad_key[layer][b] = torch.stack([_tensor([scale * x * y for y in q]) for x in d_s])
+            grad_dot[layer, b, keep] = _tensor([scale * x for x in d_s])
+            grad_key[layer][b, keep] = torch.stack([_tensor([scale * x * y for y in q]) for x in d_s])
             grad_query[layer][b] = _tensor([scale * _dot(d_s, column) for column in zip(*k, strict=True)])
 
-            a, g, a_out = abs(2 * g_rac - g_in * a_in), abs(g_mrc), 1 - a_in
+            a, g = abs(2 * g_rac - g_in * a_in), abs(g_mrc)
             p_in = [pj * mj / a_in for pj, mj in zip(p, m, strict=True)]
-            p_out = [pj * (1 - mj) for pj, mj in zip(p, m, strict=True)]
+            p_out = [pj * rest for pj, rest in zip(p, outside, strict=True)]
             mean_in, mean_out, mean_t = (
                 _norm([_dot(w, column) for column in zip(*k, strict=True)]) for w in (p_in, p_out, t)
             )
             of_scores = [a * (x + a_out * y) + g * (pj + tj) for x, y, pj, tj in zip(p_out, p_in, p, t, strict=True)]
             for name, size in (
                 ("in_box", a_in),
-                ("rac", -2 * a_in.ln()),
+                ("rac", -2 * log_in),
                 ("mrc", _dot(t, [abs(x) for x in distance]) + Decimal("1e-6")),
                 ("query", scale * (a * (mean_out + a_out * mean_in) + g * (mean_out + a_in * mean_in + mean_t))),
                 ("key", scale * _norm(of_scores) * _norm(q)),
             ):
                 natural[name][layer, b] = float(size)
     valid = torch.ones(batch, dtype=torch.bool)
-    return Truth(AttentionTerms(*values, valid), grad_query, grad_key, natural, noise)
+    return Truth(AttentionTerms(*values, valid), grad_query, grad_key, natural, noise, grad_dot)
 
 
 def _vector(values: Tensor) -> list[Decimal]:

@@ -14,7 +14,7 @@ def prepare_interpreter() -> None:
 
     _patch_the_language_once_a_launch(interpreter)
     _scalars_are_indices(interpreter)
-    _round_bfloat16_to_nearest(interpreter)
+    _convert_bfloat16_as_devices_do(interpreter)
 
 
 class _Nothing:
@@ -53,12 +53,16 @@ def _scalars_are_indices(interpreter: Any) -> None:
     interpreter._patch_lang_tensor = patch_tensor
 
 
-def _round_bfloat16_to_nearest(interpreter: Any) -> None:
-    """As every device does; the interpreter cuts the digits off."""
+def _convert_bfloat16_as_devices_do(interpreter: Any) -> None:
+    """The interpreter cuts digits off instead of rounding to nearest, and reads subnormal numbers wrongly."""
     cast, language = interpreter.InterpreterBuilder.cast_impl, interpreter.tl
 
     def cast_impl(self: Any, source: Any, target: Any) -> Any:
-        if target.scalar != language.bfloat16 or source.dtype.scalar != language.float32:
+        kinds = source.dtype.scalar, target.scalar
+        if kinds == (language.bfloat16, language.float32):
+            wide = (source.data.astype(np.uint32) << np.uint32(16)).view(np.float32)
+            return interpreter.TensorHandle(wide, target.scalar)
+        if kinds != (language.float32, language.bfloat16):
             return cast(self, source, target)
         rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16()
         bits = rounded.view(torch.int16).numpy().view(np.uint16)

@@ -34,8 +34,10 @@ __device__ __forceinline__ float score_gradient(const BackwardArguments& a, cons
     const float m = clamped(region_weight(a.region, row % a.batch, token, a.tokens));
     const float log_p = a.log_p[place];
     const float p = expf(log_p);
-    // Outside the region the exponent may be large, and 0 * inf must not arise.
-    const float pin = m > 0 ? m * expf(log_p - g.log_in_box) : 0.0f;
+    // Outside the region the exponent may be large, and 0 * inf must not arise; nor must m * inf, where m is
+    // subnormal: the root of the exponential does not overflow.
+    const float root = m > 0 ? expf((log_p - g.log_in_box) * 0.5f) : 0.0f;
+    const float pin = m * root * root;
     // p - pin = p (1 - m) - A_out pin keeps its digits where A_in tends to 1.
     float gradient = g.region * (p * (1 - m) - g.out_of_box * pin);
     if (a.log_t) {

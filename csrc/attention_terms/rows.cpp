@@ -290,18 +290,20 @@ Merged merge(const Chunk<A>* chunks, int64_t count, OnlineSum<A> Chunk<A>::* whi
     return merged;
 }
 
-/// mean = sum over the chunks of their key sums, relative to `max`, divided by `total`. May overwrite a
-/// chunk's sums.
+/// mean = sum over the chunks of their key sums, relative to `max`, divided by `total`: twice by its root,
+/// because 1 / total overflows where all weights of a region are subnormal. May overwrite a chunk's sums.
 template <typename A>
 void merge_keys(const Chunk<A>* chunks, int64_t count, OnlineSum<A> Chunk<A>::* which, double max,
                 double total, int64_t dim, A* mean) {
+    const double root = total != 0 ? 1 / ::sqrt(total) : 0.0;
+    const A factor = static_cast<A>(root);
     for (int64_t c = 0; c < count; ++c) {
         const OnlineSum<A>& part = chunks[c].*which;
-        const A share = part.sum != 0 ? static_cast<A>(::exp(part.max - max) / total) : A(0);
+        const A share = part.sum != 0 ? static_cast<A>(::exp(part.max - max) * root) : A(0);
         if (c == 0) {
-            for (int64_t d = 0; d < dim; ++d) mean[d] = share * part.keys[d];
+            for (int64_t d = 0; d < dim; ++d) mean[d] = share * part.keys[d] * factor;
         } else {
-            for (int64_t d = 0; d < dim; ++d) mean[d] += share * part.keys[d];
+            for (int64_t d = 0; d < dim; ++d) mean[d] += share * part.keys[d] * factor;
         }
     }
 }
@@ -411,8 +413,10 @@ A region_gradient(const RowGradient<A>& row) {
 template <typename A>
 inline Vec<A> score_gradient_lanes(const RowGradient<A>& row, A a, Vec<A> log_p, Vec<A> log_t, Vec<A> m) {
     const Vec<A> p = exp<A>(log_p);
-    // Outside the region the exponent may be large, and 0 * inf must not arise.
-    const Vec<A> pin = m * exp<A>(m > 0 ? log_p - row.stats[kLogInBox] : Vec<A>{});
+    // Outside the region the exponent may be large, and 0 * inf must not arise; nor must m * inf, where m is
+    // subnormal: the root of the exponential does not overflow.
+    const Vec<A> root = exp<A>(m > 0 ? (log_p - row.stats[kLogInBox]) / 2 : Vec<A>{});
+    const Vec<A> pin = m * root * root;
     // p - pin = p (1 - m) - A_out pin keeps its digits where A_in tends to 1.
     Vec<A> gradient = a * (p * (1 - m) - row.stats[kOutOfBox] * pin);
     if (row.log_t) gradient += row.grad_mrc * difference<A>(log_p, log_t, p);

@@ -21,7 +21,9 @@ _INF = tl.constexpr(float("inf"))
 def _score_gradient(log_p, log_t, m, region, mrc, out_of_box, log_in):
     """dL/ds_j. region: what RAC and A_in together put on p - pin."""
     p = tl.exp(log_p)
-    pin = tl.where(m > 0, m * tl.exp(log_p - log_in), 0.0)  # outside the exponent may be large
+    # Outside the exponent may be large; inside, where m is subnormal, only the root does not overflow.
+    root = tl.where(m > 0, tl.exp((log_p - log_in) * 0.5), 0.0)
+    pin = m * root * root
     gradient = region * (p * (1 - m) - out_of_box * pin)  # p - pin, which keeps its digits where A_in tends to 1
     if log_t is not None:
         x, t = log_p - log_t, tl.exp(log_t)

@@ -329,7 +329,9 @@ def finish(
         for first in range(0, dim, block_dim):
             column = first + tl.arange(0, block_dim)
             means = key_means + row * (3 * dim) + column
-            mean_in = _mean(key_sums, place, there, 0, tl.where(in_sum != 0, in_factor / in_sum, 0.0), column, dim)
+            # Twice by the root: 1 / sum overflows float32 where all weights of a region are subnormal.
+            root = tl.where(in_sum != 0, 1 / tl.sqrt(in_sum), 0.0)
+            mean_in = _mean(key_sums, place, there, 0, in_factor * root, column, dim) * root.to(tl.float32)
             mean_out = _mean(
                 key_sums, place, there, 1, tl.where(any_token, out_factor * out_share / total, 0.0), column, dim
             )
