@@ -15,6 +15,7 @@ namespace attbalance {
 struct FinishShared {
     float scratch[kWarps];
     float factor[kKeyMeans][kMaxSplits];  // of each part's key sums in the key means
+    float unit;                           // what the mean inside is still to be multiplied with
 };
 
 /// A part's factor in the mean of all parts, whose sum is `total` relative to `max`.
@@ -37,12 +38,12 @@ __device__ __forceinline__ void finish_row(const ForwardArguments& a, int row, c
     const float log_sum_exp = any_token ? max + log_total : 0.0f;
     const float log_teacher = any_token && a.log_t ? logf(all.teacher.sum) : 0.0f;
 
-    // The mean inside is divided by its sum twice by the root: 1 / sum overflows where all weights of a
-    // region are subnormal. The other sums are 1 at least.
-    const float root = sqrtf(all.in.sum);
     if (static_cast<int>(threadIdx.x) < count) {
         const Partial part = parts[threadIdx.x];
-        shared->factor[kMeanIn][threadIdx.x] = share_of(part.in, all.in.max, root);
+        // 1 / sum overflows where all weights of a region are subnormal. (The other sums are 1 at least.)
+        const float unit = all.in.sum < 0x1p-64f ? 0x1p64f : 1.0f;
+        shared->factor[kMeanIn][threadIdx.x] = share_of(part.in, all.in.max, all.in.sum * unit);
+        if (threadIdx.x == 0) shared->unit = unit;
         shared->factor[kMeanOut][threadIdx.x] = share_of(part.out, max, total);
         shared->factor[kMeanTeacher][threadIdx.x] = share_of(part.teacher, all.teacher.max, all.teacher.sum);
     }
@@ -103,7 +104,7 @@ __device__ __forceinline__ void finish_row(const ForwardArguments& a, int row, c
                 mean += shared->factor[kind][c] *
                         key_sums[(static_cast<int64_t>(c) * kKeyMeans + kind) * a.dim + d];
             }
-            means[kind * a.dim + d] = kind == kMeanIn && root != 0 ? mean / root : mean;
+            means[kind * a.dim + d] = kind == kMeanIn ? mean * shared->unit : mean;
         }
     }
 }
