@@ -65,7 +65,7 @@ SIZES = ("layers", "batch")
 IN_DOUBLE = ("terms_dtype", "pred_dtype", "target_dtype")  # where one is float64, the arithmetic may be
 
 
-def cost(case: Case) -> int:
+def cost(case: Case, row: int) -> int:
     return max(case["layers"], 1) * case["batch"] * 40
 
 

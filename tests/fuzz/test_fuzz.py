@@ -185,7 +185,7 @@ def test_a_seed_s_cases_are_always_the_same() -> None:
 
 @given(case=strategy("terms", BACKENDS["triton"]))
 def test_cases_fit_their_backend(case: Case) -> None:
-    assert KINDS["terms"].cost(case) <= BACKENDS["triton"].work
+    assert KINDS["terms"].cost(case, BACKENDS["triton"].row) <= BACKENDS["triton"].work
     assert "float64" not in (case["query_dtype"], case["key_dtype"])
 
 
