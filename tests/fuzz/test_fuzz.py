@@ -221,7 +221,7 @@ def test_a_run_that_was_ended_says_in_which_case(tmp_path: Path) -> None:
     assert not path.with_suffix(".running").exists()
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command() -> None:
     command = [sys.executable, "-m", "tests.fuzz", "--only", "0"]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
