@@ -281,9 +281,10 @@ def _per_sample(name: str, tensor: Tensor, target: Tensor) -> Tensor:
 def _check_terms(terms: AttentionTerms, target: Tensor) -> None:
     if not isinstance(terms, AttentionTerms):
         raise TypeError(f"terms must be AttentionTerms or None, got {type(terms).__name__}")
-    for name in ("in_box", "rac", "mrc"):
-        tensor = getattr(terms, name)
+    named = {name: getattr(terms, name) for name in ("in_box", "rac", "mrc")}
+    for name, tensor in named.items():
         require_floating(f"terms.{name}", tensor)
+    for name, tensor in named.items():
         if tensor.dim() != 2 or tensor.shape[1] != target.shape[0] or tensor.shape != terms.rac.shape:
             raise ValueError(
                 f"terms.{name} must be (L, B) with B = {target.shape[0]} like target_boxes, "

@@ -58,6 +58,15 @@ def test_no_gradient_asked_for(backend: str) -> None:
     assert all(map(same_bits, terms, inference))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mrc_without_a_teacher_pulls_at_nothing(backend: str) -> None:
+    problem = make_problem(teacher_dtype=None)
+    key = [k.detach().requires_grad_() for k in problem.key]
+    terms = attention_terms(problem.student(key=key), problem.region, backend=backend)
+    for gradient in torch.autograd.grad(terms.mrc.sum(), key):
+        assert not gradient.any()
+
+
 @pytest.mark.parametrize("used", ["in_box", "rac", "mrc"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_term_alone(backend: str, used: str) -> None:

@@ -165,6 +165,7 @@ CALLS: dict[str, tuple[Callable[[], tuple], dict[str, object], type[Exception], 
         TypeError,
         r"terms\.rac.*int64",
     ),
+    "rac is a list": (lambda: (terms(rac=[[1.0] * B] * 2), BOXES, BOXES), {}, TypeError, r"terms\.rac.*list"),
     "mrc of other shape": (
         lambda: (terms(mrc=torch.rand(3, B)), BOXES, BOXES),
         {},

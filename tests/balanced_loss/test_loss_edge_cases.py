@@ -61,6 +61,19 @@ def test_terms_that_are_not_finite(backend: str, place: str, value: float) -> No
         assert solution.grad_pred[2].isnan().all()
 
 
+@pytest.mark.parametrize("place", ["rac", "mrc"])
+def test_term_of_an_invalid_sample_that_is_nan(backend: str, place: str) -> None:
+    """Its difficulty weight is the constant 1: the gradients do not see the NaN."""
+    problem = make_loss_problem(layers=3, batch=6, invalid=True)
+    clean = solve_loss(problem, AttBalanceConfig(), backend)
+    getattr(problem, place)[1, 4] = NAN
+    solution = solve_loss(problem, AttBalanceConfig(), backend)
+    assert solution.output.loss.isnan()
+    assert same_bits(solution.grad_rac, clean.grad_rac)
+    assert same_bits(solution.grad_mrc, clean.grad_mrc)
+    assert same_bits(solution.grad_pred, clean.grad_pred)
+
+
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_predicted_box_that_is_not_finite(backend: str, value: float) -> None:
     problem = make_loss_problem(layers=3, batch=6)

@@ -53,7 +53,7 @@ def attention_terms(
                 log_t = _log_softmax(_scores(teacher_query, teacher_key, teacher_scale, padding), padded)
             mrc = torch.where(padded.all(-1), 0, _kl_divergence(log_t, log_p, padded))
         else:
-            mrc = torch.zeros_like(in_box)
+            mrc = in_box.masked_fill(torch.ones_like(in_box, dtype=torch.bool), 0)  # differentiable, like the others
         return AttentionTerms(in_box, rac, mrc, valid)
 
 

@@ -73,6 +73,7 @@ def balanced_loss(
         difficulty = weight_rac * weighted_rac[-1] + weight_mrc * mrc[-1]
     if detach_difficulty:
         difficulty = difficulty.detach()
+    difficulty = torch.where(valid, difficulty, 0)  # before the sigmoid: 0 * NaN would reach an invalid sample's terms
     one = torch.ones_like(iou)
     actual = torch.where(valid, 0.5 + torch.sigmoid(difficulty), 1) if adw else one
     objective = 0.5 + torch.sigmoid(1 - box_ratio) if odw else one
