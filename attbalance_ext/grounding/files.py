@@ -166,11 +166,18 @@ def _why(error: OSError, folder: Path, wanted: int | None) -> str:
 
 
 def _bytes_of(state: Any) -> int:
-    """Of the tensors in ``state``: nearly all of its file."""
-    if isinstance(state, torch.Tensor):
-        return state.numel() * state.element_size()
-    parts = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
-    return sum(map(_bytes_of, parts))
+    """Of the memory behind the tensors in ``state``, which is nearly all of its file. What is shared counts once."""
+    memory: dict[int, int] = {}
+
+    def look(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            memory[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, (dict, list, tuple)):
+            for part in value.values() if isinstance(value, dict) else value:
+                look(part)
+
+    look(state)
+    return sum(memory.values())
 
 
 @contextmanager
