@@ -73,8 +73,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically, in UTF-8."""
-    replace_file(path, lambda file: file.write(text.encode()))
+    """Write a text file atomically, in UTF-8. Of names that are no text the bytes are written as escapes."""
+    replace_file(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def write_json(path: Path, value: Any) -> None:

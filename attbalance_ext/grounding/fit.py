@@ -10,6 +10,7 @@ from types import FrameType
 
 from rich.progress import Progress
 
+from attbalance_ext.grounding.errors import TrainingFailed
 from attbalance_ext.grounding.progress import progress_bars
 from attbalance_ext.grounding.train import Trainer
 
@@ -47,6 +48,13 @@ def fit(trainers: Mapping[str, Trainer], *, show: bool = True, after_step: Calla
         main = all(trainer.ranks.main for trainer in trainers.values())
         with progress_bars(show=show and main) as progress, stop_requested() as stop:
             _take_turns(trainers, progress, stop, after_step or (lambda: None))
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):  # PyTorch raises it wherever this process happens to be
+            raise
+        states = " ".join(trainer.last_good() for trainer in trainers.values())
+        raise TrainingFailed(
+            f"a process that reads images has died ({error}). Where memory ran out, fewer workers need less. {states}"
+        ) from None
     finally:
         for trainer in trainers.values():
             trainer.log.close()

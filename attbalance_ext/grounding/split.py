@@ -143,12 +143,6 @@ class StreamedSplit(Split):
         except UserError as error:
             # From a worker it comes with the worker's traceback in front of what it says.
             raise UserError(str(error).rpartition(f"{UserError.__name__}: ")[2].strip()) from None
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise UserError(
-                f"a process that reads images has died ({error}). Where memory ran out, fewer --workers need less"
-            ) from None
 
     def view(self, index: int) -> View:
         return self.views[index, None]

@@ -137,7 +137,7 @@ class Trainer:
             if self.log.steps >= self.log_every or not self.log.history["train"]:
                 raise TrainingFailed(
                     f"each of the {self.log.steps} steps up to step {self.step} was left out, its loss or gradient not "
-                    f"finite: this is no single batch's fault. {self._last_good()}"
+                    f"finite: this is no single batch's fault. {self.last_good()}"
                 )
             return  # the last few of a run that has ended
         self.log.close_window(self.step, learning_rate=self.scheduler.get_last_lr()[0], step_ms=self.clock.median_ms())
@@ -196,7 +196,7 @@ class Trainer:
                     self.save()
                 except TrainingFailed as another:
                     raise TrainingFailed(f"{stopped}. {another}") from None
-            raise UserError(f"{stopped}. {self._last_good()}") from None
+            raise UserError(f"{stopped}. {self.last_good()}") from None
 
     def _to_skip(self, values: dict[str, Tensor]) -> list[str]:
         """Names of what is not finite in any process where such a step is to be left out, else none. Collective then.
@@ -226,7 +226,7 @@ class Trainer:
         self.ranks.any(False)  # the others wait: where one process ends, torchrun ends all
         return said
 
-    def _last_good(self) -> str:
+    def last_good(self) -> str:
         """Where a run that stops goes on from."""
         if self.saved_step is None:
             return "Nothing was saved yet"
@@ -321,7 +321,7 @@ class Trainer:
             step = self.step - self.log.steps + first  # counted from 0
             raise TrainingFailed(
                 f"not finite in step {step + 1}: {', '.join(names)}. {self._keep_batch(step, names)}. "
-                f"{self._last_good()} (with --on-nan skip such steps are left out). "
+                f"{self.last_good()} (with --on-nan skip such steps are left out). "
                 "A lower learning rate or more warm-up is the usual way out"
             )
 
@@ -337,7 +337,7 @@ class Trainer:
         if names := weights_not_finite(self.model):
             raise TrainingFailed(
                 f"not finite after step {self.step}: the weights {', '.join(names[:3])} and {len(names)} in all. "
-                f"{self._last_good()}. A lower learning rate or more warm-up is the usual way out"
+                f"{self.last_good()}. A lower learning rate or more warm-up is the usual way out"
             )
         path = self.directory / name
         if self.ranks.main:
@@ -347,7 +347,7 @@ class Trainer:
                 self.write_settings()
                 write_json(self.directory / HISTORY, self.log.history)
             except NotWritten as error:
-                raise TrainingFailed(f"{error}. {self._last_good()}") from error
+                raise TrainingFailed(f"{error}. {self.last_good()}") from error
         if name == LAST:
             self.saved_step, self.last_is_whole = self.step, True
         return path

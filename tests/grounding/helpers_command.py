@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import attbalance_ext
 from attbalance_ext import cli
 from attbalance_ext.grounding.files import load_checkpoint
 
@@ -50,6 +51,7 @@ class Command:
         hidden = {"TRITON_INTERPRET", "ATTBALANCE_BACKEND"}
         self.environment = {name: value for name, value in os.environ.items() if name not in hidden}
         self.environment |= {"ATTBALANCE_CACHE": str(cache), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        self.environment["PYTHONPATH"] = str(Path(attbalance_ext.__file__).parent.parent)  # what is tested here
         self.environment |= environment or {}
 
     def start(self, *arguments: str | Path, processes: int = 1) -> subprocess.Popen[str]:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from helpers_command import assert_same_end, call
 from helpers_faults import contents, without_override, write_own_data
 from PIL import Image
@@ -126,10 +124,14 @@ def test_a_process_that_reads_images_is_killed(
 
     monkeypatch.setattr(FileDataset, "pixels", killed)
     run = tmp_path / "run"
-    assert train(root, run, "--workers", "1") == 2
+    assert train(root, run, "--workers", "1", "--checkpoint-every", "1") == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("attbalance: a process that reads images has died (DataLoader worker ")
-    assert "fewer --workers need less. Stopped before step " in said
+    assert "fewer workers need less. " in said
+    monkeypatch.undo()
+    if (run / LAST).exists():  # the news may come before the first step has ended
+        assert "go on with: attbalance train --resume" in said
+        assert call("train", "--resume", run) == 0
 
 
 # --- sets without a sentence ------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def test_nan_stops_with_the_batch_saved_and_skipping_goes_on(
     assert finite(end)
     assert call("train", "--out", other, *STEPS, "--on-nan", "skip") == 0
     assert f"{left_out} steps were left out" in capsys.readouterr().err
-    assert 0 < history(other)["train"][0]["skipped"] <= left_out / 10
+    assert 0 < history(other)["train"][0]["skipped"] <= left_out / 10 + 1e-6
     for name, value in load_checkpoint(other / LAST)["model"].items():
         assert torch.equal(end["model"][name], value), name
 

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: the step ends, the run is saved, and what goes on has the bits of a run that was never stopped."""
+"""SIGTERM and Ctrl-C: the step ends, the run is saved, and goes on with the bits of one that was never stopped."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Trainer._train_step = signalled
 SEND = "os.kill(os.getpid(), signal.{}); "
 
 
-@pytest.mark.parametrize(("signals", "code"), [(["SIGINT"], 130), (["SIGTERM"], 143), (["SIGTERM", "SIGTERM"], 143)])
+@pytest.mark.parametrize(("signals", "code"), [(["SIGINT"], 130), (["SIGTERM", "SIGTERM"], 143)])
 def test_a_signal_lets_the_step_end_and_saves(
     signals: list[str], code: int, whole_run: Path, tmp_path: Path, cache: Path
 ) -> None:
@@ -43,10 +43,9 @@ def test_a_signal_lets_the_step_end_and_saves(
     assert_same_end(run, whole_run)
 
 
-@pytest.mark.parametrize("first", ["SIGINT", "SIGTERM"])
-def test_ctrl_c_after_a_signal_stops_at_once(first: str, whole_run: Path, tmp_path: Path, cache: Path) -> None:
+def test_ctrl_c_after_a_signal_stops_at_once(whole_run: Path, tmp_path: Path, cache: Path) -> None:
     run = tmp_path / "run"
-    prelude = IN_STEP_6.format(signals=SEND.format(first) + SEND.format("SIGINT"))
+    prelude = IN_STEP_6.format(signals=SEND.format("SIGTERM") + SEND.format("SIGINT"))
     said = Command(tmp_path, cache, prelude=prelude).run("train", "--out", run, *OPTIONS, expect=130)
     assert "stopped at step" not in said
     assert "Traceback" not in said

