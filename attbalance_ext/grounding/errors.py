@@ -9,3 +9,7 @@ class UserError(Exception):
 
 class TrainingFailed(Exception):
     """Training cannot go on (a loss that is not finite). The message says where the last good state lies."""
+
+
+class NotWritten(OSError):
+    """A file could not be written: a full disk, a folder that takes none. What lay there before is whole."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
 import secrets
+import shutil
 import sys
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from glob import escape
@@ -15,7 +19,7 @@ from typing import IO, Any
 
 import torch
 
-from attbalance_ext.grounding.errors import UserError
+from attbalance_ext.grounding.errors import NotWritten, UserError
 
 if sys.platform != "win32":
     import fcntl
@@ -24,29 +28,53 @@ FORMAT = 2
 """Raised when the layout of a checkpoint changes; files of another format are refused."""
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write ``state`` (tensors and plain types only) so that ``path`` holds the old state or the new one, whole."""
-    replace_file(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+"""What a file system says that has no hard links."""
+
+
+def save_checkpoint(path: Path, state: dict[str, Any], *, keep: Path | None = None) -> None:
+    """Write ``state`` (tensors and plain types only) so that ``path`` holds the old state or the new one, whole.
+
+    ``keep``: where the old one stays.
+    """
+
+    def write(file: IO[bytes]) -> None:
+        try:
+            torch.save({"format": FORMAT, **state}, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # PyTorch speaks of a position in the file, and not of the cause
+                raise error.__context__ from None
+            raise
+
+    replace_file(path, write, wanted=_bytes_of(state), keep=keep)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint on the CPU. Nothing in the file is executed: only tensors and plain types are accepted."""
+    """Read a checkpoint on the CPU. Nothing in the file is executed: only tensors and plain types are accepted.
+
+    PyTorch writes checksums and never looks at them, so a flipped bit would be another weight: they are compared first.
+    """
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"the checksum of {damaged} in it is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise UserError(f"{path} is refused: it holds more than tensors and plain values, or is damaged") from None
+        raise UserError(f"{path} is refused: it holds more than tensors and plain values") from None
+    except (zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path} is damaged, cut short or no checkpoint: {error}") from None
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read as a checkpoint: {error or 'the file is empty'}") from None
+        raise UserError(f"{path} cannot be read as a checkpoint: {error}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this version (format {FORMAT})")
     return state
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically, in UTF-8."""
-    replace_file(path, lambda file: file.write(text.encode()))
+    """Write a text file atomically, in UTF-8. Of names that are no text the bytes are written as escapes."""
+    replace_file(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -54,21 +82,37 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def replace_file(path: Path, write: Callable[[IO[bytes]], object], *, durable: bool = True) -> None:
+def replace_file(
+    path: Path,
+    write: Callable[[IO[bytes]], object],
+    *,
+    durable: bool = True,
+    wanted: int | None = None,
+    keep: Path | None = None,
+) -> None:
     """Write a file under a temporary name of its own and rename it: others see the old file or the new one, whole.
 
     Several processes may do this at once; the last one's file stays. ``durable``: survive a power cut too, for files
-    that cannot be made again.
+    that cannot be made again. ``wanted``: about how many bytes it takes, for the message. ``keep``: another name, in
+    the same folder, under which the old file stays.
+
+    Raises:
+        NotWritten: the disk is full, or the folder takes no file. The old file is whole, and nothing is left beside it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _temporary_beside(path) as (file, temporary):
-        write(file)
-        file.flush()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _temporary_beside(path) as (file, temporary):
+            write(file)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+            if keep is not None and path.exists():
+                _keep(path, keep)
+            os.replace(temporary, path)
         if durable:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    if durable:
-        _sync_directory(path.parent)
+            _sync_directory(path.parent)
+    except OSError as error:
+        raise NotWritten(f"{path} cannot be written: {_why(error, path.parent, wanted)}") from error
 
 
 @contextmanager
@@ -97,16 +141,59 @@ def remove_unfinished(path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _keep(path: Path, name: Path) -> None:
+    """Let the file at ``path`` have a second ``name``; where there are no hard links, the second alone."""
+    second = _temporary_name(name)
+    try:
+        os.link(path, second)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        os.replace(path, name)
+    else:
+        os.replace(second, name)
+        second.unlink(missing_ok=True)  # renaming does nothing where both are names of one file already
+
+
+def _why(error: OSError, folder: Path, wanted: int | None) -> str:
+    """What went wrong, in one line; of a full disk, by how much."""
+    said = [error.strerror or str(error)]
+    if wanted is not None:
+        said.append(f"about {wanted / 2**20:.1f} MiB are wanted")
+    if error.errno == errno.ENOSPC:
+        said.append(f"{shutil.disk_usage(folder).free / 2**20:.1f} MiB are free there")
+    return ", ".join(said)
+
+
+def _bytes_of(state: Any) -> int:
+    """Of the memory behind the tensors in ``state``, which is nearly all of its file. What is shared counts once."""
+    memory: dict[int, int] = {}
+
+    def look(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            memory[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, (dict, list, tuple)):
+            for part in value.values() if isinstance(value, dict) else value:
+                look(part)
+
+    look(state)
+    return sum(memory.values())
+
+
 @contextmanager
 def _temporary_beside(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
     """A temporary file in ``path``'s own directory (a rename is atomic only there), removed when anything fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = _temporary_name(path)
     try:
         with open(temporary, "xb") as file:
             yield file, temporary
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def _sync_directory(directory: Path) -> None:

@@ -6,15 +6,33 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import FrameType
 
 from rich.progress import Progress
 
+from attbalance_ext.grounding.errors import TrainingFailed
 from attbalance_ext.grounding.progress import progress_bars
 from attbalance_ext.grounding.train import Trainer
 
 
+class StopRequest(threading.Event):
+    """Set by a signal."""
+
+    number = signal.SIGTERM
+    """Which signal; where another process of the run got one, SIGTERM."""
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell says of a process that the signal ended: 130 for Ctrl-C, 143 for SIGTERM."""
+        return 128 + self.number
+
+
 class Interrupted(Exception):
-    """Training was stopped by Ctrl-C (or SIGTERM) after every trainer had saved its checkpoint."""
+    """Training was stopped by Ctrl-C or SIGTERM after every trainer had saved its checkpoint."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"stopped by signal {exit_code - 128}")
+        self.exit_code = exit_code
 
 
 def fit(trainers: Mapping[str, Trainer], *, show: bool = True, after_step: Callable[[], object] | None = None) -> None:
@@ -30,13 +48,20 @@ def fit(trainers: Mapping[str, Trainer], *, show: bool = True, after_step: Calla
         main = all(trainer.ranks.main for trainer in trainers.values())
         with progress_bars(show=show and main) as progress, stop_requested() as stop:
             _take_turns(trainers, progress, stop, after_step or (lambda: None))
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):  # PyTorch raises it wherever this process happens to be
+            raise
+        states = " ".join(trainer.last_good() for trainer in trainers.values())
+        raise TrainingFailed(
+            f"a process that reads images has died ({error}). Where memory ran out, fewer workers need less. {states}"
+        ) from None
     finally:
         for trainer in trainers.values():
             trainer.log.close()
 
 
 def _take_turns(
-    trainers: Mapping[str, Trainer], progress: Progress, stop: threading.Event, after_step: Callable[[], object]
+    trainers: Mapping[str, Trainer], progress: Progress, stop: StopRequest, after_step: Callable[[], object]
 ) -> None:
     bars = {
         name: progress.add_task(name, total=trainer.settings.steps, completed=trainer.step, note=_note(trainer))
@@ -54,7 +79,7 @@ def _take_turns(
         if any(trainer.ranks.any(stop.is_set()) for trainer in trainers.values()):
             for trainer in trainers.values():
                 trainer.save()
-            raise Interrupted
+            raise Interrupted(stop.exit_code)
 
 
 def _note(trainer: Trainer) -> str:
@@ -65,10 +90,10 @@ def _note(trainer: Trainer) -> str:
 
 
 @contextmanager
-def stop_requested() -> Iterator[threading.Event]:
+def stop_requested() -> Iterator[StopRequest]:
     """An event set by SIGINT or SIGTERM. A second Ctrl-C acts as usual; a second SIGTERM asks for the same again, for
     a scheduler and torchrun each send one."""
-    stop = threading.Event()
+    stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # signals can only be handled in the main thread
         return
@@ -78,7 +103,9 @@ def stop_requested() -> Iterator[threading.Event]:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
-    def request(*_: object) -> None:
+    def request(number: int, _: FrameType | None) -> None:
+        if not stop.is_set():
+            stop.number = signal.Signals(number)
         stop.set()
         signal.signal(signal.SIGINT, previous[signal.SIGINT])
 

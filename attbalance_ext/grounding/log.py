@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 Record = dict[str, Any]
+_log = logging.getLogger(__name__)
 
 
 class RunLog:
@@ -28,19 +30,30 @@ class RunLog:
         self._pending.append(values)
 
     @property
-    def open(self) -> bool:
-        """Whether there are steps since the last record."""
-        return bool(self._pending)
+    def steps(self) -> int:
+        """How many there are since the last record."""
+        return len(self._pending)
 
-    def not_finite(self) -> list[str]:
-        """Names of the values that were not finite in a step since the last record. Waits for the device."""
-        names = dict.fromkeys(name for values in self._pending for name in values)
-        return [name for name in names if not math.isfinite(self._mean(name).sum().item())]
+    @property
+    def usable(self) -> bool:
+        """Whether one of them was not left out."""
+        return any("loss" in values for values in self._pending)
+
+    def not_finite(self) -> tuple[int, list[str]]:
+        """The first step since the last record with a value that was not finite, counted from 0, and the values' names.
+
+        No names: all were finite. Waits for the device.
+        """
+        together = [name for name in self._names() if not math.isfinite(self._mean(name).sum().item())]
+        for step, values in enumerate(self._pending if together else ()):
+            if names := [name for name, value in values.items() if not value.isfinite().all()]:
+                return step, names
+        return self.steps - 1, together  # none, or finite one by one and too large together
 
     def close_window(self, step: int, **more: Any) -> Record:
         """Turn the steps since the last call into one record."""
         record = {"step": step, **more}
-        for name in self._pending[0]:
+        for name in self._names():
             record[name] = self._mean(name).tolist()
         self._pending.clear()
         self._append("train", record)
@@ -60,8 +73,15 @@ class RunLog:
 
     def close(self) -> None:
         if self._writer is not None:
-            self._writer.close()
+            try:
+                self._writer.close()
+            except OSError as error:
+                self._give_up(error)
             self._writer = None
+
+    def _names(self) -> list[str]:
+        """Of the values of the open window."""
+        return list(dict.fromkeys(name for values in self._pending for name in values))
 
     def _mean(self, name: str) -> Tensor:
         """Over the steps of the window that have the value, on the CPU."""
@@ -69,12 +89,21 @@ class RunLog:
 
     def _append(self, kind: str, record: Record) -> None:
         self.history[kind].append(record)
-        writer = self._tensorboard(record["step"])
-        if writer is None:
-            return
-        for name, value in record.items():
-            for tag, number in _scalars(name, value):
-                writer.add_scalar(f"{kind}/{tag}", number, record["step"])
+        try:
+            writer = self._tensorboard(record["step"])
+            if writer is None:
+                return
+            for name, value in record.items():
+                for tag, number in _scalars(name, value):
+                    writer.add_scalar(f"{kind}/{tag}", number, record["step"])
+        except (OSError, UnicodeError) as error:  # a full disk; a folder's name that is no text
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        """Go on without TensorBoard: the same records are in the checkpoint and in history.json."""
+        self._write, self._writer = False, None
+        folder = self._directory / "tensorboard"
+        _log.warning("%s is no longer written (%s); the records go on in history.json", folder, error)
 
     def _tensorboard(self, step: int) -> Any:
         """The writer, opened at the first record; records of steps that a resumed run repeats are dropped."""

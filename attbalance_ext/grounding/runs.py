@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from attbalance_ext.grounding.models import GroundingModel, build_model, design
 from attbalance_ext.grounding.order import DataOrder
 from attbalance_ext.grounding.settings import Settings
 from attbalance_ext.grounding.sources import make_tokenizer, open_pictures, open_split, pretraining_scenes
-from attbalance_ext.grounding.train import BEST, HISTORY, LAST, Trainer
+from attbalance_ext.grounding.train import BEST, HISTORY, LAST, PREVIOUS, Trainer
 
 BERT_VOCABULARY = 30_522
 """Embeddings that BERT has; a model whose text branch it is has no fewer."""
@@ -62,7 +63,9 @@ def start_run(
     if like is not None:
         model = _fresh_model(settings, like.split.tokenizer)
         model.load_state_dict(like.model.state_dict())
-        return Trainer(settings, model, like.split, like.validation, directory)
+        trainer = Trainer(settings, model, like.split, like.validation, directory)
+        trainer.write_settings()
+        return trainer
     with ranks.main_first():  # what it generates or trains, the others find in the cache
         train = open_pictures(settings, "train", cache=cache)
         order = DataOrder(len(train), settings.batch_size, settings.seed)
@@ -75,25 +78,37 @@ def start_run(
             scenes, folder = pretraining_scenes(settings, cache=cache), cache_directory(cache) / "encoders"
             pretrain.load_pretrained(encoder, scenes, settings.pretrain_steps, torch.device(settings.device), folder)
             model.image_encoder.load_state_dict(encoder.state_dict())
-    return _trainer(settings, model, tokenizer, directory, cache, ranks)
+    trainer = _trainer(settings, model, tokenizer, directory, cache, ranks)
+    trainer.write_settings()  # a folder that takes no files is met now, and not at the first checkpoint
+    return trainer
 
 
 def resume_run(
-    directory: Path, *, cache: Path | None = None, device: str | None = None, ranks: Ranks = ALONE
+    path: Path,
+    *,
+    cache: Path | None = None,
+    device: str | None = None,
+    on_nan: str | None = None,
+    ranks: Ranks = ALONE,
 ) -> Trainer:
-    """A trainer that goes on exactly where ``directory``'s last checkpoint ends.
+    """A trainer that goes on exactly where a run's last checkpoint ends, or the one that ``path`` names.
 
-    ``device``: another one than it began on. The number of processes may be another one too.
+    ``device``, ``on_nan``: others than it began with. The number of processes may be another one too.
     """
-    state, settings = _read(directory / LAST, "optimizer")
-    if device is not None:
-        settings = replace(settings, device=device)
+    directory, path = (path.parent, path) if path.is_file() else (path, path / LAST)
+    try:
+        state, settings = _read(path, "optimizer")
+    except UserError as error:
+        raise UserError(f"{error}{_another(directory, path)}") from None
+    changes: dict[str, Any] = {"device": device, "on_nan": on_nan}
+    settings = replace(settings, **{name: value for name, value in changes.items() if value is not None})
     _require_trainable(settings, ranks)
-    tokenizer, model = _trained_model(directory / LAST, state, settings)
+    tokenizer, model = _trained_model(path, state, settings)
     trainer = _trainer(settings, model, tokenizer, directory, cache, ranks)
     trainer.load_state_dict(state)
+    trainer.last_is_whole = path.name == LAST
     if ranks.main:
-        for name in (LAST, BEST):
+        for name in (LAST, PREVIOUS, BEST):
             remove_unfinished(directory / name)
     return trainer
 
@@ -109,7 +124,6 @@ def load_run(path: Path, *, device: str = "cpu") -> Run:
     settings = replace(settings, device=device)
     require_runnable(settings)
     tokenizer, model = _trained_model(path, state, settings)
-    history = directory / HISTORY
     return Run(
         directory=directory,
         checkpoint=path,
@@ -117,13 +131,41 @@ def load_run(path: Path, *, device: str = "cpu") -> Run:
         step=state["step"],
         tokenizer=tokenizer,
         model=model.to(device).eval(),
-        history=json.loads(history.read_text()) if history.exists() else state["log"]["history"],
+        history=_history(directory / HISTORY) or state["log"]["history"],
+    )
+
+
+def _history(path: Path) -> dict[str, list[dict[str, Any]]] | None:
+    """A run's records; None where there is no such file."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error}; without it the records in the checkpoint are used") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it holds no records; without it those in the checkpoint are used")
+    return found
+
+
+def _another(directory: Path, path: Path) -> str:
+    """What else a run may go on from that cannot from ``path``: chosen by who reads it, and never silently."""
+    previous = directory / PREVIOUS
+    if path.name != LAST or not previous.exists():
+        return ""
+    try:
+        step = load_checkpoint(previous)["step"]
+    except (UserError, KeyError):
+        return ""
+    return (
+        f". The checkpoint before it is whole, of step {step}; go on with: "
+        f"attbalance train --resume {shlex.quote(str(previous))}"
     )
 
 
 def refuse_existing(directory: Path) -> None:
     """A finished or unfinished run is never written over."""
-    if (directory / LAST).exists():
+    if (directory / LAST).exists() or (directory / PREVIOUS).exists():
         raise UserError(
             f"{directory} already holds a run; continue it with --resume {directory}, or choose another --out"
         )

@@ -14,6 +14,7 @@ RULES = ("touch", "center", "coverage", "nearest")
 SCHEDULES = ("cosine", "step")
 PRECISIONS = ("fp32", "bf16", "fp16")
 TEACHER_PRECISIONS = ("same", "bf16")
+ON_NAN = ("stop", "skip")
 WRONG_BOXES = ("skip", "repair", "error")
 
 
@@ -86,6 +87,9 @@ class Settings:
     """How a box becomes weights on the visual tokens, see ``BoxRegion``."""
     backend: str = "auto"
 
+    on_nan: str = "stop"
+    """A loss or gradient that is not finite: stop, or skip the step (which then waits for the device at every step)."""
+
     device: str = "cpu"
     compile: bool = False
     """The step up to the loss under ``torch.compile``. It rounds, and draws dropout, otherwise than eager PyTorch."""
@@ -120,6 +124,7 @@ class Settings:
             ("precision", PRECISIONS),
             ("teacher_precision", TEACHER_PRECISIONS),
             ("wrong_boxes", WRONG_BOXES),
+            ("on_nan", ON_NAN),
         ):
             _require_known(name, getattr(self, name), known)
         for part in self.frozen_parts:

@@ -33,7 +33,12 @@ def open_pictures(settings: Settings, split: str, *, cache: Path | None = None) 
     if split == "train" and settings.train_share < 1.0:
         pictures = pictures.part(settings.train_share)
     if not len(pictures):
-        raise UserError(f"{settings.data} {split} has no sentences")
+        why = ""
+        if split == "train" and settings.train_share < 1.0:
+            why = f" in a share of {settings.train_share} of its pictures (train_share)"
+        elif settings.data_root is not None:
+            why = ": all of its boxes are wrong and left out ('attbalance data check ROOT' counts them)"
+        raise UserError(f"{settings.data} {split} has no sentences{why}")
     return pictures
 
 

@@ -49,6 +49,9 @@ class ToyDataset:
         cx, cy, w, h = (32 * self.boxes[index].double()).tolist()
         return Box(cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
 
+    def picture_key(self, index: int) -> int:
+        return int(self.scene_index[index])
+
 
 def toy_settings(**changes: Any) -> Settings:
     small = {"dim": 32, "heads": 2, "hidden": 32, "layers": 3, "supervised": [1, 2], "max_words": 6, "dropout": 0.1}

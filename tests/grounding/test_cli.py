@@ -16,18 +16,12 @@ import torch._inductor.config
 from helpers_command import FEW_SCENES, call
 
 from attbalance_ext import available_backends
-from attbalance_ext.grounding.data.generate import SCENES
 from attbalance_ext.grounding.files import load_checkpoint, save_checkpoint
 from attbalance_ext.grounding.runs import resume_run
 
 SMALL = ["--steps", "8", "--batch-size", "8", "--validate-every", "4", "--pretrain-steps", "2"]
 
-
-@pytest.fixture(autouse=True)
-def few_scenes(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    for split, scenes in FEW_SCENES.items():
-        monkeypatch.setitem(SCENES, split, scenes)
-    monkeypatch.setenv("ATTBALANCE_CACHE", str(cache))
+pytestmark = pytest.mark.usefixtures("few_scenes")
 
 
 @pytest.mark.parametrize(

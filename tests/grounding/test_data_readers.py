@@ -209,7 +209,7 @@ def test_missing_images_are_named(tmp_path: Path) -> None:
     first = tmp_path / COCO / "a.jpg"
     with pytest.raises(UserError) as raised:
         open_dataset("unc", "train", root=tmp_path)
-    assert str(raised.value) == f"2 of 2 images are missing, the first is {first}"
+    assert str(raised.value) == f"2 of 2 images are missing, the first is {first} (for 'x')"
     write_image(first)
     with pytest.raises(UserError, match=r"1 of 2 images are missing, the first is .*b\.jpg"):
         open_dataset("unc", "train", root=tmp_path)

@@ -253,7 +253,7 @@ def test_a_stopped_grid_goes_on_and_ends_the_same(study: Study, done: Study) -> 
         wait_until(lambda: all((run / LAST).exists() for run in runs), process)
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate()
-    assert process.returncode == 130, said
+    assert process.returncode == 143, said
     assert "stopped; the same command goes on from here" in said
     assert "failed" not in said
     assert not study.busy("plain")

@@ -107,6 +107,7 @@ CHANGES: dict[str, Any] = {
     "teacher_precision": "bf16",
     "rule": "center",
     "backend": "reference",
+    "on_nan": "skip",
     "device": "cuda:1",
     "compile": True,
     "validate_every": 50,
@@ -114,7 +115,7 @@ CHANGES: dict[str, Any] = {
     "checkpoint_every": 5,
     "early_stop": 3,
 }
-SAME = {"device", "backend", "workers", "checkpoint_every", "compile", "data_root"}
+SAME = {"device", "backend", "workers", "checkpoint_every", "compile", "data_root", "on_nan"}
 
 
 def test_every_setting_is_looked_at_below() -> None:

@@ -76,7 +76,7 @@ def test_a_lost_process_ends_the_run_and_another_number_goes_on(tmp_path: Path, 
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 143
     assert "stopped at step" in said
 
 

@@ -10,21 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_command import FEW_SCENES, call
+from helpers_command import call
 
 from attbalance_ext.grounding.data import FORMATS, export
-from attbalance_ext.grounding.data.generate import SCENES
 from attbalance_ext.grounding.files import load_checkpoint
 
 SMALL = ["--steps", "6", "--batch-size", "8", "--validate-every", "3", "--pretrain-steps", "2", "--augment"]
 NAMES = {"split-files": "unc", "refer": "refcoco", "jsonl": "own"}
 
-
-@pytest.fixture(autouse=True)
-def few_scenes(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    for split, scenes in FEW_SCENES.items():
-        monkeypatch.setitem(SCENES, split, scenes)
-    monkeypatch.setenv("ATTBALANCE_CACHE", str(cache))
+pytestmark = pytest.mark.usefixtures("few_scenes")
 
 
 def without_names(records: dict[str, Any]) -> dict[str, Any]:

@@ -7,8 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from helpers_command import Command, history
+from helpers_command import Command, assert_same_end
 
 from attbalance_ext.grounding.files import load_checkpoint
 from attbalance_ext.grounding.train import BEST, LAST
@@ -46,10 +45,4 @@ def test_twenty_kills_change_nothing(tmp_path: Path, cache: Path) -> None:
     assert reached[-1] < 200
     command.run("train", "--resume", killed)
 
-    assert history(killed) == history(whole)
-    ends = [load_checkpoint(run / LAST) for run in (whole, killed)]
-    for part in ("model", "teacher", "criterion"):
-        first, second = (end[part] for end in ends)
-        assert (first is None) == (second is None)
-        for name in first or ():
-            assert torch.equal(first[name], second[name]), name
+    assert_same_end(killed, whole)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 import typer
 
 from attbalance_ext import BackendUnavailable
 from attbalance_ext.grounding.commands import analyse, datasets, demo, experiment, machine, rho, train
-from attbalance_ext.grounding.errors import TrainingFailed, UserError
+from attbalance_ext.grounding.errors import NotWritten, TrainingFailed, UserError
 
 app = typer.Typer(
     name="attbalance",
@@ -24,11 +25,14 @@ for module in (machine, demo, train, experiment, analyse, rho, datasets):
 
 def run() -> int:
     """Run the command line on ``sys.argv``; gives back the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names that the terminal has no letters for
     try:
         app()
     except (UserError, BackendUnavailable) as error:
         return _complain(error, 2)
-    except TrainingFailed as error:
+    except (TrainingFailed, NotWritten) as error:
         return _complain(error, 1)
     return 0
 

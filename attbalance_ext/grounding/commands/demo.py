@@ -41,9 +41,9 @@ def demo(
     settings = Settings(data=data, steps=steps, pretrain_steps=pretrain_steps, seed=seed)
     try:
         summaries = run_demo(settings, out, versions=environment(), cache=cache)
-    except Interrupted:
+    except Interrupted as stop:
         console.print(f"stopped; both checkpoints are in {out}; the same command goes on from there", highlight=False)
-        raise typer.Exit(130) from None
+        raise typer.Exit(stop.exit_code) from None
     Console().print(_table(summaries, settings))
     console.print(f"report: {out / 'report.html'}", soft_wrap=True, highlight=False)
 

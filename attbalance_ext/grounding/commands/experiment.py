@@ -66,7 +66,7 @@ def experiment(
     _report(outcome, console)
     if outcome.interrupted:
         console.print("stopped; the same command goes on from here")
-        raise typer.Exit(130)
+        raise typer.Exit(outcome.interrupted)
     if outcome.failed:
         raise typer.Exit(1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,7 @@ LOSS = AttBalanceConfig()
 
 _RUN, _MODEL, _DATA, _TRAINING, _ATTBALANCE = "Run", "Model", "Data", "Training", "AttBalance"
 _RENAMED = {"lr": "learning_rate", "vision_lr": "vision_rate", "text_lr": "text_rate", "frozen_part": "frozen_parts"}
+_WITH_RESUME = ("device", "on_nan")
 _OF_THE_COMMAND = ("out", "resume", "cache", "model")
 
 CacheOption = Annotated[
@@ -40,7 +42,10 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder of the run.", rich_help_panel=_RUN)] = Path("runs/default"),
     resume: Annotated[
         Path | None,
-        typer.Option(help="Continue the run in this folder exactly where it stopped.", rich_help_panel=_RUN),
+        typer.Option(
+            help="Continue the run in this folder exactly where it stopped, or from this checkpoint in it.",
+            rich_help_panel=_RUN,
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.", rich_help_panel=_RUN)] = DEFAULT.device,
     seed: Annotated[
@@ -74,6 +79,13 @@ def train(
             rich_help_panel=_RUN,
         ),
     ] = DEFAULT.early_stop,
+    on_nan: Annotated[
+        str,
+        typer.Option(
+            help="A loss or gradient that is not finite: stop, or skip the step. Its batch is kept in not_finite.pt.",
+            rich_help_panel=_RUN,
+        ),
+    ] = DEFAULT.on_nan,
     model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.", rich_help_panel=_MODEL)] = DEFAULT.model,
     vision_weights: Annotated[
         str | None,
@@ -243,8 +255,8 @@ def train(
     """Train a grounding model.
 
     Defaults are those of transvg-tiny; the other models bring their papers' own, which settings.json shows.
-    Each run is a folder: last.pt and best.pt (checkpoints), settings.json, history.json, tensorboard/.
-    Ctrl-C stops after the current step and leaves a checkpoint that --resume continues exactly.
+    Each run is a folder: last.pt, previous.pt and best.pt (checkpoints), settings.json, history.json, tensorboard/.
+    Ctrl-C or SIGTERM stops after the current step and leaves a checkpoint that --resume continues exactly.
 
     [bold]Examples[/bold]
 
@@ -265,7 +277,8 @@ def train(
     with ranks_of_this_run() as ranks:
         if resume is not None:
             _refuse_other_options(given)
-            trainer = resume_run(resume, cache=cache, device=given.get("device"), ranks=ranks)
+            changes = {name: given[name] for name in _WITH_RESUME if name in given}
+            trainer = resume_run(resume, cache=cache, ranks=ranks, **changes)
         else:
             trainer = start_run(_settings(model, given), out, cache=cache, ranks=ranks)
         _train(trainer, console)
@@ -298,15 +311,15 @@ def _train(trainer: Trainer, console: Console) -> None:
     directory = trainer.directory
     try:
         fit({directory.name: trainer})
-    except Interrupted:
+    except Interrupted as stop:
         if trainer.ranks.main:
             console.print(
                 f"stopped at step {trainer.step}; checkpoint: {directory / LAST}; "
-                f"continue with: attbalance train --resume {directory}",
+                f"continue with: attbalance train --resume {shlex.quote(str(directory))}",
                 soft_wrap=True,
                 highlight=False,
             )
-        raise typer.Exit(130) from None
+        raise typer.Exit(stop.exit_code) from None
     if not trainer.ranks.main:
         return
     early = " (stopped early)" if trainer.step < trainer.settings.steps else ""
@@ -316,6 +329,10 @@ def _train(trainer: Trainer, console: Console) -> None:
         soft_wrap=True,
         highlight=False,
     )
+    if skipped := _skipped(trainer):
+        console.print(
+            f"{skipped} steps were left out, their loss or gradient was not finite", soft_wrap=True, highlight=False
+        )
     last, validated = trainer.log.history["train"][-1], trainer.log.history["validation"][-1]
     console.print(
         f"loss {last['loss']:.4f}; attention in the box by layer: "
@@ -326,9 +343,16 @@ def _train(trainer: Trainer, console: Console) -> None:
     )
 
 
+def _skipped(trainer: Trainer) -> int:
+    """How many steps the records say were left out."""
+    records = trainer.log.history["train"]
+    before = [0, *(record["step"] for record in records)]
+    return sum(round(r.get("skipped", 0.0) * (r["step"] - start)) for start, r in zip(before, records, strict=False))
+
+
 def _refuse_other_options(given: dict[str, Any]) -> None:
     """With --resume the settings are the checkpoint's: another option would be ignored, so it is refused."""
-    others = [f"--{name.replace('_', '-')}" for name in given if name not in ("resume", "cache", "device")]
+    others = [f"--{name.replace('_', '-')}" for name in given if name not in ("resume", "cache", *_WITH_RESUME)]
     if others:
         raise UserError(f"--resume takes its settings from the checkpoint; leave out {', '.join(others)}")
 

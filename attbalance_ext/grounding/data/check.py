@@ -13,7 +13,7 @@ from PIL import Image
 from attbalance_ext.grounding.errors import UserError
 
 from .annotations import Annotation
-from .files import UNREADABLE, image_size
+from .files import UNREADABLE, image_size, is_file
 from .readers import Source, sources_under
 from .wrong_boxes import kind_of
 
@@ -118,7 +118,7 @@ def _look(source: Source, splits: list[str], decode: bool, broken: dict[Path, bo
 def _count(annotations: list[Annotation], decode: bool, broken: dict[Path, bool]) -> SplitFound:
     """``broken``: images that were looked at already."""
     sizes = {annotation.image: annotation.size for annotation in annotations}
-    missing = [path for path in sizes if not path.is_file()]
+    missing = [path for path in sizes if not is_file(path)]
     for path in sizes.keys() - set(missing):
         try:
             sizes[path] = sizes[path] or image_size(path)

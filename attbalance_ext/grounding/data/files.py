@@ -41,16 +41,18 @@ class FileDataset:
     def pixels(self, index: int) -> Image.Image:
         """The picture of sentence ``index``, RGB, as stored: boxes are in stored pixels, so EXIF turns nothing.
 
-        Raises ``UserError`` that names the file where it cannot be read or is not of the size that its boxes are for.
+        Raises ``UserError`` that names the file and the sentence where it cannot be read or is not of the size that its
+        boxes are for.
         """
         path, size = self.annotations[index].image, self.annotations[index].size
+        of = f"(for {self.sentences[index]!r}; 'attbalance data check ROOT --images' finds all such files)"
         try:
             with Image.open(path) as image:
                 pixels = image.convert("RGB")
         except UNREADABLE as error:
-            raise UserError(f"{path} cannot be read as an image: {error}") from None
+            raise UserError(f"{path} cannot be read as an image: {error} {of}") from None
         if size not in (None, pixels.size):
-            raise UserError(f"{path} is {pixels.size} pixels large; its annotations are for {size}")
+            raise UserError(f"{path} is {pixels.size} pixels large; its annotations are for {size} {of}")
         return pixels
 
     def box(self, index: int) -> Box:
@@ -121,11 +123,20 @@ def _with_sizes(annotations: list[Annotation]) -> list[Annotation]:
     Raises ``UserError`` where an image is missing or its header cannot be read.
     """
     images = {annotation.image: annotation.size for annotation in annotations}
-    missing = [path for path in images if not path.is_file()]
+    missing = [path for path in images if not is_file(path)]
     if missing:
-        raise UserError(f"{len(missing)} of {len(images)} images are missing, the first is {missing[0]}")
+        of = next(annotation.sentence for annotation in annotations if annotation.image == missing[0])
+        raise UserError(f"{len(missing)} of {len(images)} images are missing, the first is {missing[0]} (for {of!r})")
     sizes = {path: size or image_size(path) for path, size in images.items()}
     return [a if a.size else replace(a, size=sizes[a.image]) for a in annotations]
+
+
+def is_file(path: Path) -> bool:
+    """Whether an image lies at ``path``. A folder that may not be looked into is a ``UserError``."""
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def image_size(path: Path) -> tuple[int, int]:

@@ -58,7 +58,8 @@ class Outcome:
     """Message by the cell's name."""
     busy: list[Cell] = field(default_factory=list)
     """Another grid is at them."""
-    interrupted: bool = False
+    interrupted: int = 0
+    """The exit code after a signal."""
 
 
 def default_jobs(device: str, threads: int) -> int:
@@ -104,7 +105,7 @@ def run_grid(
         except BaseException:
             stop.set()  # the pool waits for its threads, and they for their cells
             raise
-    outcome.interrupted = stop.is_set()
+    outcome.interrupted = stop.exit_code if stop.is_set() else 0
     return outcome
 
 

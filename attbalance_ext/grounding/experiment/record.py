@@ -16,8 +16,9 @@ from attbalance_ext.grounding.settings import Settings
 FORMAT = 1
 """Raised when the fields of a record change their meaning; files of another format are refused."""
 
-ELSEWHERE = ("device", "backend", "workers", "checkpoint_every", "data_root", "compile")
-"""Settings that say where and how a run is computed, and not what."""
+ELSEWHERE = ("device", "backend", "workers", "checkpoint_every", "data_root", "compile", "on_nan")
+"""Settings that say where and how a run is computed, and not what; with either ``on_nan`` a run whose loss stays finite
+is the same."""
 
 POINT = {"step", "seconds", "acc50", "acc70", "miou", "in_box", "rho"}
 RESULT = POINT - {"step", "seconds"} | {"samples", "valid", "used_in_box", "used_visual", "by_size"}

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from attbalance_ext.grounding.errors import TrainingFailed, UserError
+from attbalance_ext.grounding.errors import NotWritten, TrainingFailed, UserError
 from attbalance_ext.grounding.experiment.cell import run_cell
 from attbalance_ext.grounding.files import exclusive
 from attbalance_ext.grounding.fit import Interrupted
@@ -53,7 +53,7 @@ def main() -> int:
         except Interrupted:
             print("told to stop; the run goes on from its checkpoint", file=sys.stderr)
             return INTERRUPTED
-        except (UserError, TrainingFailed) as error:
+        except (UserError, TrainingFailed, NotWritten) as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             return FAILED
     return 0
