@@ -12,7 +12,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from .catalogue import Mutation, MutationList, Suite, WrongEntry
-from .tree import BuildFailed, TestRun, Tree
+from .tree import IMPORTED, BuildFailed, TestRun, Tree
 
 CAUGHT, SURVIVED, STALE, BROKEN = "caught", "SURVIVED", "STALE", "BROKEN"
 """Tests failed; none did; the text is not there (once); tests or build do not work, with the edit or without."""
@@ -65,18 +65,20 @@ def run(
     folder: Path,
     results: Results,
     jobs: int = 1,
+    imported: Sequence[str] = IMPORTED,
     say: Callable[[str], None] = print,
 ) -> dict[str, Outcome]:
     """Try every edit that ``results`` does not hold as caught already; the outcomes of all of them, by name.
 
     ``folder`` gets a copy of the checkout ``source`` for each of ``jobs``, which take the lists in turn.
+    ``imported``: see ``Tree``.
     """
     every = [mutation for one in lists for mutation in one.mutations]
     left = {mutation.name for mutation in every if not results.holds(mutation, source)}
     say(f"{len(every)} mutations, {len(every) - len(left)} of them caught before")
     trees: SimpleQueue[Tree] = SimpleQueue()
     for job in range(jobs):
-        trees.put(Tree(source, folder / f"copy-{job}"))
+        trees.put(Tree(source, folder / f"copy-{job}", imported))
     done = 0
 
     def note(mutation: Mutation, verdict: str, said: str = "", seconds: float = 0.0) -> None:
@@ -91,8 +93,10 @@ def run(
             return
         tree = trees.get()
         try:
+            say(f"{one.area}: {len(mutations)} to try; their tests without an edit first")
             _try_all(one, mutations, tree, note)
         finally:
+            tree.close()
             trees.put(tree)
 
     with ThreadPoolExecutor(jobs) as pool:

@@ -152,6 +152,7 @@ def test_a_survivor_is_said_and_only_what_was_caught_is_not_tried_again(checkout
             source=checkout,
             folder=tmp_path / "copies",
             results=Results(tmp_path / "results.json"),
+            imported=(),
             say=said.append,
         )
         return {name.removeprefix("planted/"): outcome.verdict for name, outcome in found.items()}
