@@ -20,7 +20,7 @@ CPP_FILES    = $(shell git ls-files --cached --others --exclude-standard '*.h' '
 # cmake and ninja come with the environment; the system's are not needed.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help setup test test-gpu check-cuda check-triton wheel check-wheel lint format docs docs-serve bench demo lock audit licences clean
+.PHONY: help setup test test-gpu mutate check-cuda check-triton wheel check-wheel lint format docs docs-serve bench demo lock audit licences clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -33,6 +33,9 @@ test: $(VENV)/.installed  ## run every test this machine can run
 
 test-gpu: $(VENV)/.installed  ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+mutate: $(VENV)/.installed  ## make small wrong edits in a copy, one at a time: tests have to catch each (JOBS lists at a time)
+	$(BIN)/python -m tests.mutations --jobs $(JOBS) $(MUTATE_ARGS)
 
 check-cuda: $(VENV)/.installed  ## registers, spills, width of memory accesses, occupancy of every CUDA kernel
 	$(BIN)/python scripts/check_cuda.py

@@ -132,6 +132,7 @@ def test_weight_that_is_nan_reaches_its_sample(backend: str) -> None:
     assert solution.terms.in_box[:, 1].isnan().all()
     assert solution.terms.rac[:, 1].isnan().all()
     assert solution.terms.mrc.isfinite().all()
+    assert solution.terms.valid.all()  # the others, and NaN, which is no region without tokens
     assert_same_except(solution, clean, sample=1)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import poisoned_memory, same_bits
 from helpers_attention import LAYOUTS, Problem, assert_solves, literal, make_problem, problem_of, solve
+from helpers_exact import exact, extreme_problem
 from helpers_pairwise import case_id, pairwise
 
 from attbalance_ext import BoxRegion, QueryAttention, attention_terms
@@ -167,6 +168,13 @@ def test_edge_cases(edit: Edit) -> None:
         found.grad_query + found.grad_key, untouched.grad_query + untouched.grad_key, strict=True
     ):
         assert same_bits(actual[0], before[0])
+
+
+@pytest.mark.parametrize("distance", [1.0, 1e-6])
+def test_both_ends_against_60_digits(distance: float) -> None:
+    """A_in near 0 and near 1, and a teacher that almost agrees."""
+    problem = extreme_problem([1e-30, 1e-4, 0.499, 0.9, 1 - 1e-8], distance, F32)
+    assert_solves(solve(problem, "triton"), exact(problem))
 
 
 @pytest.mark.parametrize("rule", ["touch", "center", "coverage", "nearest"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import multiprocessing
+import shutil
 import time
 from pathlib import Path
 
@@ -159,6 +161,34 @@ def test_the_file_is_named_after_content_and_size(tmp_path: Path, monkeypatch: p
             "builtin-refcoco-hard-val-5x64-other.npz",
         ]
     )
+
+
+def modules_behind(path: Path) -> set[Path]:
+    """``path`` and every module of its folder that it imports, directly or not."""
+    found, left = set(), {path}
+    while left:
+        module = left.pop()
+        found.add(module)
+        for node in ast.walk(ast.parse(module.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 1:
+                names = [node.module] if node.module else [name.name for name in node.names]
+                left |= {path.with_name(f"{name}.py") for name in names} - found
+    return found
+
+
+def test_whatever_makes_the_content_makes_its_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each module behind the generator; but not the names, which are the file's own."""
+    modules = {path.name for path in modules_behind(Path(generate.__file__))} - {"names.py"}
+    assert {"generate.py", "scene.py", "render.py", "grammar.py"} <= modules
+    for path in Path(generate.__file__).parent.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    monkeypatch.setattr(generate, "__file__", str(tmp_path / "generate.py"))
+    versions = [generate.content_version()]
+    for name in sorted(modules):
+        with open(tmp_path / name, "a") as file:
+            file.write("# changed\n")
+        versions.append(generate.content_version())
+    assert len(set(versions)) == len(modules) + 1
 
 
 def test_where_the_cache_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

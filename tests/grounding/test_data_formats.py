@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from attbalance_ext.grounding.data import SPLITS, GroundingDataset, export, generate, load_dataset
+from attbalance_ext.grounding.data.attributes import VALUES
 
 FLAVOURS = ["refcoco", "refcoco+-hard", "refcocog", "referit"]
 
@@ -83,6 +84,17 @@ def test_refer(flavour: str, data: dict[str, GroundingDataset], tmp_path: Path) 
     assert len({ref["ref_id"] for ref in refs}) == len(refs)
     image_folder = "images/saiapr_tc-12" if flavour == "referit" else "images/mscoco/images/train2014"
     names = dict(zip(SPLITS, ("train", "val", "testA", "testB"), strict=True)) if "unc" in refs_file.name else {}
+    objects = data["train"].objects
+    shapes = [
+        [VALUES["shape"][label] for label in row[there].tolist()]
+        for row, there in zip(objects.shape, objects.present, strict=True)
+    ]
+    found: list[list[str]] = [[] for _ in shapes]
+    for annotation in annotations.values():
+        name = images[annotation["image_id"]]["file_name"]
+        if "_train_" in name:
+            found[int(name[-10:-4])].append(categories[annotation["category_id"]])
+    assert found == shapes
     seen_ids: list[int] = []
     for split in SPLITS:
         written = []

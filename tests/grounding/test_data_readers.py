@@ -227,10 +227,11 @@ def test_unreadable_images_are_named(tmp_path: Path) -> None:
         open_dataset("jsonl", "train", root=tmp_path)
 
 
-def test_an_image_of_another_size_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [(640, 480), (48, 64)])
+def test_an_image_of_another_size_is_named(tmp_path: Path, size: tuple[int, int]) -> None:
     write_image(tmp_path / "a.jpg", (64, 48))
-    write_lines(tmp_path / "train.jsonl", [line(width=640, height=480)])
-    with pytest.raises(UserError, match=r"a\.jpg is \(64, 48\) pixels large; its annotations are for \(640, 480\)"):
+    write_lines(tmp_path / "train.jsonl", [line(width=size[0], height=size[1])])
+    with pytest.raises(UserError, match=rf"a\.jpg is \(64, 48\) pixels large; its annotations are for \({size[0]}, "):
         open_dataset("jsonl", "train", root=tmp_path).pixels(0)
 
 

@@ -16,7 +16,7 @@ from attbalance_ext.grounding.data import Box
 from attbalance_ext.grounding.data.colours import blur, jitter, turn_hue
 from attbalance_ext.grounding.data.crop import kept_share, random_crop
 from attbalance_ext.grounding.data.flip import mirror
-from attbalance_ext.grounding.data.transforms import FILL, EvalTransform, TrainTransform, View, mirrored
+from attbalance_ext.grounding.data.transforms import FILL, EvalTransform, Placement, TrainTransform, View, mirrored
 
 RED, BLACK = (255, 0, 0), (0, 0, 0)
 GEOMETRY = {"colour": 0.0, "blurred": 0.0}
@@ -101,6 +101,14 @@ def test_a_picture_of_the_canvas_size_is_shown_bit_for_bit() -> None:
     assert view.box.tolist() == [0.25, 0.5, 0.25, 0.5]
     assert not view.padding.any()
     assert view.to_source == (1.0, 0.0, 0.0)
+
+
+def test_rounding_takes_no_pixel() -> None:
+    """Of some numbers side * (canvas / side) is less than canvas."""
+    losing = [(side, canvas) for canvas in range(64, 641) for side in range(1, 300) if side * (canvas / side) < canvas]
+    assert len(losing) > 100
+    for side, canvas in losing:
+        assert Placement.fit(Box(0.0, 0.0, float(side), float(side)), canvas, canvas).size == (canvas, canvas)
 
 
 @pytest.mark.parametrize("lying", [True, False])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers_toy import finish
 
+from attbalance_ext.grounding.distributed import Ranks
 from attbalance_ext.grounding.errors import TrainingFailed
 from attbalance_ext.grounding.evaluate import evaluate
 from attbalance_ext.grounding.files import load_checkpoint
@@ -85,6 +86,44 @@ def test_a_kill_between_checkpoints_loses_only_the_steps_since(make_trainer: Mak
     second.load_state_dict(load_checkpoint(second.directory / LAST))
     assert second.step == 12
     assert without_times(finish(second)) == without_times(whole)
+
+
+def test_resumes_in_a_trainer_that_has_gone_further(make_trainer: MakeTrainer) -> None:
+    """It has read the batches of its own steps ahead."""
+    whole, trainer = finish(make_trainer("whole")), make_trainer("back")
+    while trainer.step < 15:
+        trainer.advance()
+    trainer.load_state_dict(load_checkpoint(trainer.directory / LAST))
+    assert trainer.step == 12
+    assert without_times(finish(trainer)) == without_times(whole)
+
+
+def test_each_step_and_process_draws_random_numbers_of_its_own(make_trainer: MakeTrainer) -> None:
+    class Whole(Ranks):
+        def share(self, indices: torch.Tensor) -> torch.Tensor:
+            return indices
+
+    seeds = []
+    for rank in (0, 1):
+        trainer = make_trainer(f"{rank}")
+        trainer.ranks = Whole(rank=rank)
+        for _ in range(3):
+            trainer.advance()
+            seeds.append(torch.initial_seed())
+    assert len(set(seeds)) == 6
+
+
+def test_the_teacher_is_averaged_before_every_step(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(momentum=0.75)
+    for _ in range(2):
+        trainer.advance()
+    assert trainer.teacher is not None
+    student = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    average = [parameter.clone() for parameter in trainer.teacher.module.parameters()]
+    trainer.advance()
+    for now, old, new in zip(trainer.teacher.module.parameters(), average, student, strict=True):
+        torch.testing.assert_close(now, 0.75 * old + 0.25 * new)
+    assert any(not torch.equal(old, new) for old, new in zip(average, student, strict=True))
 
 
 def test_terms_end_after_their_fraction(make_trainer: MakeTrainer) -> None:

@@ -26,7 +26,7 @@ from attbalance_ext.grounding.files import load_checkpoint
 from attbalance_ext.grounding.models import MODELS, build_model
 from attbalance_ext.grounding.optimization import learning_rate_schedule
 from attbalance_ext.grounding.runs import start_run
-from attbalance_ext.grounding.settings import Settings
+from attbalance_ext.grounding.settings import RULES, Settings
 from attbalance_ext.grounding.sources import make_tokenizer
 from attbalance_ext.grounding.split import PreparedSplit, StreamedSplit
 from attbalance_ext.grounding.train import LAST, Trainer
@@ -136,6 +136,17 @@ def test_fp16_leaves_out_steps_that_overflow_and_goes_on(make_trainer: MakeTrain
     assert state["scaler"]["scale"] == trainer.scaler.get_scale() < 2.0**26
 
 
+def test_clipping_sees_gradients_as_they_are(make_trainer: MakeTrainer) -> None:
+    """And not scaled for fp16."""
+    norms = []
+    for precision in ("fp32", "fp16"):
+        trainer = make_trainer(precision, precision=precision, model_options=NO_DROPOUT)
+        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=precision == "fp16")
+        losses(trainer, 1)
+        norms.append(trainer.log.history["train"][0]["gradient_norm"])
+    assert norms[1] == pytest.approx(norms[0], rel=0.05)
+
+
 def test_no_clipping(make_trainer: MakeTrainer) -> None:
     clipped, free = make_trainer("clipped", clip=1e-3), make_trainer("free", clip=None)
     for trainer in (clipped, free):
@@ -144,6 +155,26 @@ def test_no_clipping(make_trainer: MakeTrainer) -> None:
     assert norms[0] == norms[1] > 1e-3
     total = math.sqrt(sum(float(p.grad.square().sum()) for p in free.parameters if p.grad is not None))
     assert total == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_the_box_ratio_is_that_of_the_data(make_trainer: MakeTrainer) -> None:
+    """Of a letterboxed picture it is not the box's area on the canvas."""
+    trainer = make_trainer()
+    assert isinstance(trainer.split, PreparedSplit)
+    trainer.split.box_ratio = torch.linspace(0.1, 0.9, len(trainer.split))
+    losses(trainer, 1)
+    ratio = trainer.split.box_ratio[trainer.order.indices(0)]
+    expected = (0.5 + torch.sigmoid(1 - ratio)).mean().item()
+    assert trainer.log.history["train"][0]["odw"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_terms_follow_the_rule_of_the_settings(make_trainer: MakeTrainer) -> None:
+    found = set()
+    for rule in RULES:
+        trainer = make_trainer(rule, rule=rule)
+        losses(trainer, 1)
+        found.add((*tuple(trainer.log.history["train"][0]["rho"]), trainer.log.history["train"][0]["rac"]))
+    assert len(found) == len(RULES)
 
 
 def test_epochs_become_steps(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,3 +142,17 @@ def test_accuracy_by_size_takes_thirds_by_the_true_box() -> None:
     sizes = found.accuracy_by_size()
     assert sizes == pytest.approx({"small": 1 / 3, "medium": 1.0, "large": 0.5})
     assert found.accuracy_by_size(0.85) == pytest.approx({"small": 0.0, "medium": 0.0, "large": 0.5})
+
+
+def test_metrics_are_of_all_boxes_and_attention_of_those_that_cover_a_token() -> None:
+    iou = torch.tensor([0.5, 0.7, 0.2, 0.9])
+    valid = torch.tensor([True, True, True, False])
+    in_box = torch.tensor([[0.2, 0.6, 0.1, 0.0], [0.3, 0.1, 0.8, 0.0]])
+    found = Evaluation(torch.zeros(4, 4), iou, in_box, valid, iou, in_box / 2, in_box * 3 / 4).metrics()
+    assert (found["samples"], found["valid"]) == (4, 3)
+    assert (found["acc50"], found["acc70"]) == (0.75, 0.5)  # an IoU of exactly the threshold is a hit
+    assert found["miou"] == pytest.approx(0.575)
+    assert found["in_box"] == pytest.approx([0.3, 0.4])
+    assert found["used_in_box"] == pytest.approx([0.15, 0.2])
+    assert found["used_visual"] == pytest.approx([0.225, 0.3])
+    assert found["rho"] == pytest.approx([1.0, -1.0])

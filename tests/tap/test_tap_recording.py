@@ -267,6 +267,16 @@ def test_a_layer_with_a_forward_of_its_own_is_refused_only_while_recording() -> 
         layer(tokens)
 
 
+def test_a_float_mask_hides_what_it_sends_to_0() -> None:
+    """And counts for nothing elsewhere."""
+    layer = nn.MultiheadAttention(16, 2, batch_first=True)
+    one = AttentionTap([layer])
+    tokens, mask = torch.randn(2, 5, 16), torch.tensor([0.0, -1.0, -1e3, -1e5, -torch.inf])
+    with one.recording():
+        layer(tokens, tokens, tokens, key_padding_mask=mask.expand(2, 5))
+    assert one.attention().padding.tolist() == [[False, False, False, True, True]] * 2
+
+
 @pytest.mark.parametrize("index", [5, -6])
 def test_a_query_index_out_of_range_is_refused_only_while_recording(host: Host, index: int) -> None:
     tap = AttentionTap(list(host.layers), query=index)
