@@ -8,7 +8,7 @@
 # are used with the checkout's Python files: make wheel. What else is missing is said, and the steps that need it are left
 # out. A step that fails or takes too long does not stop the next. The exit status is 1 if any step failed.
 # The limits below are from a run on an H100 with 16 cores, a wheel and empty caches: 390 s, one benchmark cut off at 60 s and
-# suites tail and tap not yet among them. These two come last, so they are the first to go where building takes long.
+# suites tail and tap not yet among them; on a machine with a slower host 530 s, tail cut off and tap left out. These two come last, so they are the first to go where building takes long.
 # What does not fit (suite step, max-autotune, larger batches) is in docs/gpu-todo.md.
 # Results: summary.txt, log.txt, gpu-tests.xml, gpu-tests-triton.xml, results.jsonl, ncu--batch64.txt, ncu--batch1--first.txt.
 set -u
