@@ -83,3 +83,4 @@ def test_names_of_folders_and_images(
     assert call("report", run, "--split", "val", "--out", page) == 0
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert call("data", "check", root, "--images") == 0
+    capsys.readouterr()  # pytest's processes tell each other what is left of it, and only in UTF-8
