@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ class Record(NamedTuple):
     """What a tap reads in one layer."""
 
     query: Tensor
-    """What :meth:`Recorder._object_queries` makes (B, D) of, or (B, Q, D) where the tap has several queries."""
+    """(B, D), or (B, Q, D) where the tap has several queries; or the heads of all query tokens, (B, S, H, d)."""
     key: Tensor
     """(B, S, ...): all key tokens; what follows S is D, flattened."""
     scale: float
@@ -36,7 +37,7 @@ class Record(NamedTuple):
 class Recorder:
     """The base of every tap: all but how the layers of a host are read.
 
-    A subclass puts hooks on the modules and adds their handles to ``_handles``. Where ``_listening`` they call
+    A subclass puts hooks on the modules and adds their handles to ``handles``. Where ``listening`` they call
     :meth:`_keep`, once for each layer, with the tokens that ``_queries`` picks.
 
     Args:
@@ -65,7 +66,7 @@ class Recorder:
         self._attached = True
         self._recording = False
         self._records: list[Record | None] = [None] * len(modules)
-        self._handles: list[RemovableHandle] = []
+        self.handles: list[RemovableHandle] = []
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -112,7 +113,7 @@ class Recorder:
             )
         with torch.enable_grad():  # the graph is the recording's, wherever it is handed over
             records = [
-                record._replace(query=self._object_queries(record.query, record.key))
+                record._replace(query=_object_queries(record.query, record.key, self._queries))
                 for record in self._records
                 if record is not None
             ]
@@ -122,10 +123,10 @@ class Recorder:
 
     def remove(self) -> None:
         """Take the hooks off the modules."""
-        for handle in self._handles:
+        for handle in self.handles:
             handle.remove()
         self._attached = False
-        self._handles = []
+        self.handles = []
         self._records = [None] * len(self._records)
         self._forget()
 
@@ -135,13 +136,56 @@ class Recorder:
             "_attached": False,
             "_recording": False,
             "_records": [None] * len(self._records),
-            "_handles": [],
+            "handles": [],
         }
 
     @property
-    def _listening(self) -> bool:
+    def listening(self) -> bool:
         """Whether a layer that runs now is to be kept: not where activation checkpointing runs it again."""
         return self._recording and not in_backward()
+
+    def check(self, position: int, module: nn.Module, queries: int, keys: int) -> None:
+        """Raise ``ValueError`` unless a layer with so many query and key tokens has the ones that are meant."""
+        try:
+            self._queries.check(queries, "query")
+            self._visual.check(keys, "key")
+        except ValueError as error:
+            raise ValueError(f"layer {position}, {type(module).__name__}: {error}") from None
+
+    def keep(
+        self,
+        position: int,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        *,
+        scaling: float | None = None,
+        padding: Tensor | None = None,
+    ) -> None:
+        """Keep what the layer at ``position``, which is ``module``, attends with. Gradients reach both.
+
+        Args:
+            query: (B, H, S, d), the heads of all its query tokens after rotation and norms; B may be 1 for queries that
+                all samples share.
+            key: (B, H_kv, M, d), of all its key tokens; H is a multiple of H_kv, whose heads are not repeated.
+            scaling: what the host multiplies a head's scores by; 1 / sqrt(d) if not given.
+            padding: (B, M), or (B, Q, M) where the tap has Q queries that differ in it: bool, True = hidden from the
+                object query, or float, added to its scores (hidden below -1e4).
+
+        Raises:
+            RuntimeError: the layer was kept already, or is in training mode without gradients.
+            ValueError: it has not the tokens that were named.
+        """
+        self.check(position, module, query.shape[2], key.shape[2])
+        scaling = 1 / math.sqrt(query.shape[3]) if scaling is None else scaling
+        self._keep(
+            position,
+            module,
+            query=query.transpose(1, 2),
+            key=key.transpose(1, 2),
+            scale=scaling / key.shape[1],
+            padding=padding,
+        )
 
     def _keep(
         self,
@@ -162,13 +206,10 @@ class Recorder:
             )
         if self._records[position] is not None:
             raise RuntimeError(
-                f"layer {position} ran twice in one recording: fetch tap.attention() after each forward pass"
+                f"layer {position}, {type(module).__name__}, ran twice in one recording, or asked for its attention "
+                "twice: fetch tap.attention() after each forward pass"
             )
         self._records[position] = Record(query, key, scale, padding, interposed)
-
-    def _object_queries(self, query: Tensor, key: Tensor) -> Tensor:
-        """What is left to do to a layer's ``query`` for (B, D), or (B, Q, D) of several, outside of the layer."""
-        return query
 
     def _forget(self) -> None:
         """Drop what hooks have left for each other: the forward pass has ended, or failed."""
@@ -197,6 +238,22 @@ class Recorder:
 def in_backward() -> bool:
     """Whether the autograd engine is running, that is: this forward pass is a recomputation."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _object_queries(query: Tensor, key: Tensor, queries: Tokens) -> Tensor:
+    """(B, D), or (B, Q, D) of several: picked from all tokens' heads and averaged over those that share a key head.
+
+    Not in the layer: a checkpoint would notice.
+    """
+    if query.dim() < 4:
+        return query
+    query = queries.of(query)  # (B, H, d) or (B, Q, H, d)
+    heads, key_heads = query.shape[-2], key.shape[2]
+    if heads != key_heads:
+        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        query = query.to(dtype).unflatten(-2, (key_heads, heads // key_heads)).mean(-2)
+    query = query.flatten(-2)
+    return query.expand(key.shape[0], *query.shape[1:])  # learned queries may be one for all samples
 
 
 def _hand_over(records: Sequence[Record], choice: Tensor | None, visual: Tokens) -> QueryAttention:

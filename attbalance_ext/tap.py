@@ -95,7 +95,7 @@ class AttentionTap(Recorder):
         super().__init__(modules, query=query, visual=visual)
         self._interposed: list[Interposed | None] = [None] * len(modules)
         for position, module in enumerate(modules):
-            self._handles += [
+            self.handles += [
                 module.register_forward_pre_hook(partial(self._interpose, position), with_kwargs=True),
                 module.register_forward_hook(partial(self._observe, position), with_kwargs=True),
             ]
@@ -112,7 +112,7 @@ class AttentionTap(Recorder):
         """Before a recorded layer: let its key's gradient come back in factors."""
         # Not in compiled code, where a function of our own breaks the graph inside of a checkpointed region, and the
         # sizes it notes down cost a compilation each. Not in a recomputation, whose graph only hands out saved tensors.
-        if torch.compiler.is_compiling() or not self._listening:
+        if torch.compiler.is_compiling() or not self.listening:
             return None
         query, key = _query_and_key(args, kwargs)
         if not isinstance(key, Tensor) or key.dim() != 3 or key.is_nested:

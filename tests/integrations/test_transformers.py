@@ -24,6 +24,8 @@ from transformers.models.bert.modeling_bert import (
     BertSelfAttention,
     eager_attention_forward,
 )
+from transformers.models.deepseek_v32 import DeepseekV32Config, DeepseekV32Model
+from transformers.models.llama import modeling_llama
 from transformers.models.vilt.modeling_vilt import ViltModel
 
 from attbalance_ext import AttentionTap, MomentumTeacher, Tap, attention_map, attention_terms
@@ -127,6 +129,38 @@ def test_a_training_step_is_bit_equal_with_the_tap_on(make: Callable[..., Host],
     removed = step()
     for steps in (idle, recording, removed):
         assert all(a is b is None or torch.equal(a, b) for a, b in zip(steps, without, strict=True))
+
+
+@IMPLEMENTATION
+def test_a_host_that_compares_its_implementations_name(attention: str) -> None:
+    """DeepSeek V3.2 masks what its indexer leaves out where the name is "eager" or "sdpa"; so each layer by itself."""
+    config = DeepseekV32Config(
+        **{**DECODER, "num_key_value_heads": 4},
+        moe_intermediate_size=16,
+        q_lora_rank=16,
+        kv_lora_rank=8,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+        index_topk=6,
+        index_n_heads=2,
+        index_head_dim=16,
+        first_k_dense_replace=2,
+        attn_implementation=attention,
+    )
+    model = DeepseekV32Model(config).eval()
+    words = torch.randint(20, (BATCH, 24))
+    expected = model(words, use_cache=False, output_attentions=attention == "eager")
+    for layer in (0, 1):
+        tap = TransformersTap(model, layers=slice(layer, layer + 1), query=-1)
+        with tap.recording():
+            output = model(words, use_cache=False)
+        assert torch.equal(output.last_hidden_state, expected.last_hidden_state)
+        padding = tap.attention().padding
+        assert padding is not None
+        assert (~padding).sum(1).tolist() == [6, 6]
+        if attention == "eager":
+            assert torch.equal(padding, expected.attentions[layer][:, 0, -1] == 0)
 
 
 @HOST
@@ -375,7 +409,7 @@ def test_what_is_refused_when_a_tap_is_made() -> None:
     for model in (vilt, lxmert):
         with pytest.raises(TypeError, match=f"no module of {type(model).__name__} .* uses the attention interface"):
             TransformersTap(model)
-    with pytest.raises(TypeError, match=r"modules\[0\] must be a module that calls .* got ViltSelfAttention"):
+    with pytest.raises(TypeError, match=r"modules\[0\] must be a module whose .* calls .* got ViltSelfAttention"):
         TransformersTap([vilt.encoder.layer[0].attention.attention])
     host = bert()
     with pytest.raises(TypeError, match=r"modules\[0\] .* got BertLayer"):
@@ -543,6 +577,44 @@ def test_windows_of_different_sizes_are_refused() -> None:
     assert len(within.attention().key) == 2
 
 
+class Indexes(BertSelfAttention):
+    """Takes its attention by index, with nothing to fall back to."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        heads = hidden_states.unflatten(-1, (2, 8)).transpose(1, 2)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](self, heads, heads, heads, None)[0]
+
+
+def test_a_module_that_takes_its_attention_by_index() -> None:
+    module = Indexes(BertConfig(hidden_size=16, num_attention_heads=2, attn_implementation="flash_attention_2"))
+    tap, x = TransformersTap([module], query=1), torch.randn(2, 5, 16)
+    expected = module(x)
+    with tap.recording():
+        assert torch.equal(module(x), expected)
+    heads = x.unflatten(-1, (2, 8)).transpose(1, 2)
+    truth = (heads[:, :, 1:2] @ heads.mT).mean(1)[:, 0] / math.sqrt(8)
+    torch.testing.assert_close(attention_map(tap.attention())[0], truth.softmax(-1))
+
+
+def test_the_interface_has_its_place_back_after_the_last_recording() -> None:
+    host = llama()
+    interface = modeling_llama.ALL_ATTENTION_FUNCTIONS
+    one, two = TransformersTap(host.model, query=-1), TransformersTap(host.model, query=2)
+    first, second = one.recording(), two.recording()
+    first.__enter__()
+    second.__enter__()
+    host.output()
+    first.__exit__(None, None, None)
+    assert modeling_llama.ALL_ATTENTION_FUNCTIONS is not interface
+    assert modeling_llama.ALL_ATTENTION_FUNCTIONS.valid_keys() == interface.valid_keys()
+    second.__exit__(None, None, None)
+    assert modeling_llama.ALL_ATTENTION_FUNCTIONS is interface
+    assert len(one.attention().key) == len(two.attention().key) == 2
+    with pytest.raises(ZeroDivisionError), one.recording():
+        _ = 1 / 0
+    assert modeling_llama.ALL_ATTENTION_FUNCTIONS is interface
+
+
 class Packed(BertSelfAttention):
     """Attends within the parts of a sequence, one after the other."""
 
@@ -556,7 +628,7 @@ def test_a_module_that_calls_its_attention_twice_is_refused() -> None:
     module = Packed(BertConfig(hidden_size=16, num_attention_heads=2, attn_implementation="sdpa"))
     config = module.config
     tap = TransformersTap([module])
-    with pytest.raises(RuntimeError, match="Packed calls its attention several times"), tap.recording():
+    with pytest.raises(RuntimeError, match=r"layer 0, Packed, .* asked for its attention twice"), tap.recording():
         module(torch.randn(2, 5, 16))
     assert module.config is config
     module(torch.randn(2, 5, 16))
