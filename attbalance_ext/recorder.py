@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +102,8 @@ class Recorder:
             RuntimeError: nothing was recorded, or a layer did not run.
             TypeError: the tap has several queries and ``query`` is not given, or it has one and ``query`` is given; or
                 ``query`` is not an int64 tensor.
-            ValueError: ``query`` has another shape or device.
+            ValueError: ``query`` has another shape or device; or the layers hide different visual tokens (on a GPU,
+                where the host does not wait, such samples become NaN).
         """
         missing = [position for position, record in enumerate(self._records) if record is None]
         if missing:
@@ -257,25 +258,60 @@ def _object_queries(query: Tensor, key: Tensor, queries: Tokens) -> Tensor:
 
 
 def _hand_over(records: Sequence[Record], choice: Tensor | None, visual: Tokens) -> QueryAttention:
-    padding = records[-1].padding
+    paddings = [record.padding for record in records]
     queries = [record.query for record in records]
     if choice is not None:
         inside = choice.clamp(0, queries[0].shape[1] - 1)
         outside = (inside != choice)[:, None]
         queries = [_chosen(query, inside).masked_fill(outside, torch.nan) for query in queries]
-        if padding is not None and padding.dim() == 3:
-            padding = _chosen(padding, inside)
-    if padding is not None:
-        padding = visual.of(padding)
-        if padding.dtype != torch.bool:
-            padding = padding < _MASKED
+        chosen = {id(padding): _chosen(padding, inside) for padding in paddings if _is_for_each_query(padding)}
+        paddings = [chosen.get(id(padding), padding) for padding in paddings]
+    keys = [visual.of(record.key).flatten(2) for record in records]
+    padding, disagree = _one_for_all(paddings, keys[0], visual)
+    if disagree is not None:
+        queries = [query.masked_fill(disagree[:, None], torch.nan) for query in queries]
     offsets = []
     for record, query in zip(records, queries, strict=True):
         if record.interposed is not None:
             record.interposed.key_gradient.query = query.detach()
         offsets.append(None if record.interposed is None else record.interposed.offset)
-    keys = [visual.of(record.key).flatten(2) for record in records]
     return with_offset(QueryAttention(queries, keys, [record.scale for record in records], padding), offsets)
+
+
+def _one_for_all(paddings: Sequence[Tensor | None], key: Tensor, visual: Tokens) -> tuple[Tensor | None, Tensor | None]:
+    """The layers' padding (B, N), and (B,) samples in which they disagree, if nobody may wait to learn that.
+
+    Raises:
+        ValueError: they disagree, where their values are at hand.
+    """
+    if all(padding is paddings[0] for padding in paddings):
+        return None if paddings[0] is None else _hidden(paddings[0], visual), None
+    nowhere = torch.zeros(key.shape[:2], dtype=torch.bool, device=key.device)
+    hidden = [nowhere if padding is None else _hidden(padding, visual) for padding in paddings]
+    if len({row.shape for row in hidden}) > 1:
+        raise ValueError("the tapped layers have masks over different numbers of tokens: tap layers of one kind")
+    differs = torch.stack([(row != hidden[-1]).any(1) for row in hidden])  # (L, B)
+    if differs.device.type != "cpu" or torch.compiler.is_compiling():
+        return hidden[-1], differs.any(0)
+    try:
+        torch._assert_async(~differs.any())  # on a CPU it raises at once, and reads no number back
+    except RuntimeError:
+        layers = differs.any(1).nonzero()[:, 0].tolist()
+        raise ValueError(
+            f"layer(s) {layers} hide other visual tokens from the object query than layer {len(hidden) - 1} does, "
+            "and a recording has one padding for all layers: tap layers of one kind"
+        ) from None
+    return hidden[-1], None
+
+
+def _hidden(padding: Tensor, visual: Tokens) -> Tensor:
+    """(B, N) bool of (B, S), True = ignore."""
+    padding = visual.of(padding)
+    return padding if padding.dtype == torch.bool else padding < _MASKED
+
+
+def _is_for_each_query(padding: Tensor | None) -> TypeGuard[Tensor]:
+    return padding is not None and padding.dim() == 3
 
 
 def _chosen(several: Tensor, choice: Tensor) -> Tensor:

@@ -45,7 +45,8 @@ class AttentionTap(Recorder):
     Gradients reach the layer's input and its query and key projections, as if the attention were computed explicitly.
     The hooks stay on the modules until :meth:`remove`. Deep copies and pickles of the model carry inert ones, and a
     copy of the tap itself counts as removed: tap the copy anew. The layers' ``key_padding_mask`` becomes the
-    recording's ``padding``; an ``attn_mask`` is not read.
+    recording's one ``padding``; an ``attn_mask`` is not read. Layers that hide different visual tokens are refused by
+    :meth:`attention` with ``ValueError``; on a GPU, where the host does not wait, their samples become NaN.
     While it records, a layer is given a view of its key in the key's place (where the key requires grad): nobody may
     write to it in place, and PyTorch says so. Through that view the gradient of the keys comes back, not through the
     recording's own ``key``, which gets none from `attention_terms`.

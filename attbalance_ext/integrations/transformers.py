@@ -45,8 +45,10 @@ class TransformersTap(Recorder):
     Query and key are taken where the attention gets them, after normalisation, rotation and whatever else a model does.
     The score is their product as the host scales it, averaged over the heads, before softmax and any soft cap; with
     grouped heads each key head meets the mean of its group's queries, so that no key is repeated. Gradients reach both.
-    The row of the host's mask that belongs to the object query becomes the recording's ``padding``, a causal mask's
-    too; a float mask hides a token where it is below -1e4 and counts for nothing elsewhere.
+    The row of the host's mask that belongs to the object query becomes the recording's one ``padding``, a causal mask's
+    too; a float mask hides a token where it is below -1e4 and counts for nothing elsewhere. Layers that hide different
+    visual tokens (chunked or sparse beside full attention) are refused by :meth:`attention` with ``ValueError``; on a
+    GPU, where the host does not wait, their samples become NaN.
 
     The host's attention and its output stay what they were, in every bit. Hooks stay on the modules until
     :meth:`remove` and do nothing while no recording is made. Deep copies and pickles of the model carry inert ones.
@@ -90,8 +92,9 @@ class TransformersTap(Recorder):
                     f"interface by its name {_INTERFACE}, got {type(module).__name__}"
                 )
         super().__init__(chosen, query=query, visual=visual)
-        self._forget()
         self._modules = chosen
+        self._windows: set[int | None] = set()
+        self._running: int | None = None
         for position, module in enumerate(chosen):
             self.handles.append(module.register_forward_pre_hook(partial(self._note, position)))
 
@@ -175,8 +178,8 @@ class TransformersTap(Recorder):
         return later.expand(batch, *later.shape[1:])
 
     def _forget(self) -> None:
-        self._windows: set[int | None] = set()
-        self._running: int | None = None
+        self._windows = set()
+        self._running = None
 
 
 _Attention = Callable[..., Any]

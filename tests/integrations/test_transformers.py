@@ -18,7 +18,16 @@ pytest.importorskip("transformers", minversion="5")
 from helpers_hosts import explicit_terms, relative_error
 from helpers_sync import no_host_sync
 from helpers_transformers import BATCH, DECODER, HOSTS, OTHERS, WIDTH, Host, bert, detr, llama, qwen2, randomised
-from transformers import BertConfig, Gemma2Config, Gemma2Model, LxmertConfig, LxmertModel, ViltConfig
+from transformers import (
+    BertConfig,
+    Gemma2Config,
+    Gemma2Model,
+    Llama4TextConfig,
+    Llama4TextModel,
+    LxmertConfig,
+    LxmertModel,
+    ViltConfig,
+)
 from transformers.models.bert.modeling_bert import (
     ALL_ATTENTION_FUNCTIONS,
     BertSelfAttention,
@@ -575,6 +584,28 @@ def test_windows_of_different_sizes_are_refused() -> None:
     with within.recording():
         model(tokens[:, :4])  # which no window cuts
     assert len(within.attention().key) == 2
+
+
+@IMPLEMENTATION
+def test_chunked_layers_beside_full_ones_are_refused(attention: str) -> None:
+    config = Llama4TextConfig(
+        **DECODER,
+        intermediate_size_mlp=40,
+        head_dim=8,
+        attention_chunk_size=8,
+        no_rope_layers=[1, 0],
+        moe_layers=[],
+        pad_token_id=0,
+        attn_implementation=attention,
+    )
+    model, words = Llama4TextModel(config), torch.randint(1, 20, (BATCH, 12))
+    assert config.layer_types == ["chunked_attention", "full_attention"]
+    both, chunked = TransformersTap(model, query=-1), TransformersTap(model, layers=slice(1), query=-1)
+    with both.recording(), chunked.recording():
+        model(words, use_cache=False)
+    with pytest.raises(ValueError, match=r"layer\(s\) \[0\] hide other visual tokens .* tap layers of one kind"):
+        both.attention()
+    assert chunked.attention().padding.tolist() == 2 * [8 * [True] + 4 * [False]]
 
 
 class Indexes(BertSelfAttention):
