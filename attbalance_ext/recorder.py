@@ -37,15 +37,26 @@ class Record(NamedTuple):
 class Recorder:
     """The base of every tap: all but how the layers of a host are read.
 
-    A subclass puts hooks on the modules and adds their handles to ``handles``. Where ``listening`` they call
-    :meth:`_keep`, once for each layer, with the tokens that ``_queries`` picks.
+    For an attention of one's own a subclass puts hooks on the modules, adds their handles to ``handles``, and where
+    ``listening`` calls :meth:`keep`, once for each layer::
+
+        class OwnTap(Recorder):
+            def __init__(self, modules, **tokens):
+                super().__init__(modules, **tokens)
+                for position, module in enumerate(modules):
+                    self.handles.append(module.register_forward_hook(partial(self._read, position)))
+
+            def _read(self, position, module, args, output):
+                if self.listening:
+                    self.keep(position, module, query=output[1], key=output[2])
 
     Args:
         modules: the L attention layers in order.
-        query: the object query, an index among the layer's query tokens; or several (a slice, a sequence of ints, an
-            int64 tensor, a bool mask), of which :meth:`attention` is told one for each sample.
+        query: the object query among the layer's query tokens, counted from the end if negative; or several (a slice, a
+            sequence of ints, an int64 tensor, a bool mask), of which :meth:`attention` is told one for each sample.
         visual: which of the layer's key tokens are the visual ones, in the grids' order: a slice, a sequence of ints,
-            an int64 tensor, or a bool mask over all of them.
+            an int64 tensor, or a bool mask over all of them. What a slice can say is read in place; other tokens are
+            copied.
 
     Raises:
         TypeError: ``query`` or ``visual`` is none of these.
@@ -63,6 +74,7 @@ class Recorder:
         for device in {parameter.device for module in modules for parameter in module.parameters()}:
             self._queries.put_on(device)
             self._visual.put_on(device)
+        self._modules = list(modules)
         self._attached = True
         self._recording = False
         self._records: list[Record | None] = [None] * len(modules)
@@ -137,8 +149,14 @@ class Recorder:
             "_attached": False,
             "_recording": False,
             "_records": [None] * len(self._records),
+            "_modules": [],
             "handles": [],
         }
+
+    def is_on(self, model: nn.Module) -> bool:
+        """Whether all tapped modules are the model's."""
+        own = set(map(id, model.modules()))
+        return all(id(module) in own for module in self._modules)
 
     @property
     def listening(self) -> bool:

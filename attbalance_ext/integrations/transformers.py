@@ -60,13 +60,12 @@ class TransformersTap(Recorder):
         modules: a model, of which all modules that use the interface are tapped; or the L modules themselves, in order,
             where a model has several kinds (a decoder's self- and cross-attention, a vision tower).
         layers: which of them.
-        query: the object query among the layer's query tokens, counted from the end if negative; or several (a slice, a
-            sequence of ints, an int64 tensor, a bool mask), of which :meth:`attention` is told one for each sample.
-        visual: which of the layer's key tokens are the visual ones, in the grids' order: a slice, a sequence of ints,
-            an int64 tensor, or a bool mask over all of them.
+        query, visual: the object query among the layer's query tokens, and which of its key tokens are the visual ones,
+            as :class:`Recorder` says.
 
     Raises:
-        TypeError: a module that does not use the interface, or ``query`` or ``visual`` is none of these.
+        TypeError: a module that does not use the interface, ``layers`` is no slice, or ``query`` or ``visual`` is none
+            of these.
         ValueError: no modules, one module twice, or an index that names no token or a token twice.
 
     :meth:`recording` raises ``ValueError`` also for what a recording cannot hold: a position bias, a mask for each head
@@ -82,6 +81,11 @@ class TransformersTap(Recorder):
         query: int | slice | Sequence[int] | Tensor = 0,
         visual: slice | Sequence[int] | Tensor = slice(None),
     ) -> None:
+        if not isinstance(layers, slice):
+            raise TypeError(
+                f"layers must be a slice, slice(-4, None) for the last four, got {type(layers).__name__}; "
+                "or give the modules themselves"
+            )
         chosen = (attention_modules(modules) if isinstance(modules, nn.Module) else list(modules))[layers]
         if isinstance(modules, nn.Module) and not chosen:
             raise TypeError(f"no module of {type(modules).__name__} in layers={layers} uses the attention interface")
@@ -92,7 +96,6 @@ class TransformersTap(Recorder):
                     f"interface by its name {_INTERFACE}, got {type(module).__name__}"
                 )
         super().__init__(chosen, query=query, visual=visual)
-        self._modules = chosen
         self._windows: set[int | None] = set()
         self._running: int | None = None
         for position, module in enumerate(chosen):
@@ -102,9 +105,6 @@ class TransformersTap(Recorder):
     def recording(self) -> Iterator[None]:
         with super().recording(), _listening(self._attend, self._modules):
             yield
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_modules": []}
 
     def _note(self, position: int, module: Any, args: Any) -> None:
         """Before a module runs: it is the one whose call of the interface is meant."""
@@ -141,7 +141,12 @@ class TransformersTap(Recorder):
         """query (B, H, S, d), key (B, H_kv, M, d), as the interface gets them."""
         if arguments.get("position_bias") is not None:
             raise ValueError(f"layer {position} adds a position bias to its scores, which a recording does not hold")
-        self.check(position, module, query.shape[2], key.shape[2])
+        try:
+            self.check(position, module, query.shape[2], key.shape[2])
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; of a model with several kinds of attention give the one to tap, model.language_model for one"
+            ) from None
         padding = self._hidden(name, module, query, key, mask, arguments)
         self.keep(position, module, query, key, scaling=arguments.get("scaling"), padding=padding)
 

@@ -427,9 +427,21 @@ def test_what_is_refused_when_a_tap_is_made() -> None:
         TransformersTap([])
     with pytest.raises(ValueError, match="one layer twice"):
         TransformersTap(2 * host.modules(host.model))
-    with pytest.raises(TypeError, match="query must be an int, a slice or a sequence of ints, got float"):
+    with pytest.raises(
+        TypeError, match=r"query must be an int, a slice, a sequence of ints, an int64 tensor .* got float"
+    ):
         TransformersTap(host.model, query=0.5)  # type: ignore[arg-type]
     assert not any(module._forward_pre_hooks for module in host.model.modules())
+
+
+def test_mistakes_with_several_kinds_of_layers() -> None:
+    model, run, _ = OTHERS["llava"]()
+    for layers in (-1, [0, 1]):
+        with pytest.raises(TypeError, match=r"layers must be a slice, slice\(-4, None\) .* got (int|list)"):
+            TransformersTap(model, layers=layers)
+    tap = TransformersTap(model, query=-1, visual=range(2, 18))
+    with pytest.raises(ValueError, match=r"layer 0, CLIPAttention: .* give the one to tap"), tap.recording():
+        run(model)
 
 
 def bert_attention(**options: Any) -> BertSelfAttention:
