@@ -8,7 +8,7 @@ N tokens, and the host keeps its fused attention.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -45,7 +45,8 @@ class AttentionTap(Recorder):
     Gradients reach the layer's input and its query and key projections, as if the attention were computed explicitly.
     The hooks stay on the modules until :meth:`remove`. Deep copies and pickles of the model carry inert ones, and a
     copy of the tap itself counts as removed: tap the copy anew. The layers' ``key_padding_mask`` becomes the
-    recording's ``padding``; an ``attn_mask`` is not read.
+    recording's one ``padding``; an ``attn_mask`` is not read. Layers that hide different visual tokens are refused by
+    :meth:`attention` with ``ValueError``; on a GPU, where the host does not wait, their samples become NaN.
     While it records, a layer is given a view of its key in the key's place (where the key requires grad): nobody may
     write to it in place, and PyTorch says so. Through that view the gradient of the keys comes back, not through the
     recording's own ``key``, which gets none from `attention_terms`.
@@ -64,12 +65,8 @@ class AttentionTap(Recorder):
 
     Args:
         modules: the L attention layers in order, sequence- or batch-first, self- or cross-attention.
-        query: index of the object query among the layer's query tokens, counted from the end if negative; or several
-            (a slice, a sequence of ints, an int64 tensor, a bool mask), of which :meth:`attention` is told one for each
-            sample.
-        visual: which of the layer's key tokens are the visual ones, in the grids' order: a slice, a sequence of ints,
-            an int64 tensor, or a bool mask over all of them. What a slice can say is read in place; other tokens are
-            copied.
+        query, visual: the object query among the layer's query tokens, and which of its key tokens are the visual ones,
+            as :class:`Recorder` says.
 
     Raises:
         TypeError: a module is not `nn.MultiheadAttention`, or ``query`` or ``visual`` is none of these.
@@ -86,16 +83,11 @@ class AttentionTap(Recorder):
         query: int | SeveralTokens = 0,
         visual: SeveralTokens = slice(None),
     ) -> None:
-        if isinstance(modules, nn.MultiheadAttention):
-            raise TypeError("modules must be a sequence of nn.MultiheadAttention, got MultiheadAttention")
-        modules = list(modules)
-        for position, module in enumerate(modules):
-            if not isinstance(module, nn.MultiheadAttention):
-                raise TypeError(f"modules[{position}] must be nn.MultiheadAttention, got {type(module).__name__}")
-        super().__init__(modules, query=query, visual=visual)
-        self._interposed: list[Interposed | None] = [None] * len(modules)
-        for position, module in enumerate(modules):
-            self._handles += [
+        chosen = _layers(modules)
+        super().__init__(chosen, query=query, visual=visual)
+        self._interposed: list[Interposed | None] = [None] * len(chosen)
+        for position, module in enumerate(chosen):
+            self.handles += [
                 module.register_forward_pre_hook(partial(self._interpose, position), with_kwargs=True),
                 module.register_forward_hook(partial(self._observe, position), with_kwargs=True),
             ]
@@ -112,7 +104,7 @@ class AttentionTap(Recorder):
         """Before a recorded layer: let its key's gradient come back in factors."""
         # Not in compiled code, where a function of our own breaks the graph inside of a checkpointed region, and the
         # sizes it notes down cost a compilation each. Not in a recomputation, whose graph only hands out saved tensors.
-        if torch.compiler.is_compiling() or not self._listening:
+        if torch.compiler.is_compiling() or not self.listening:
             return None
         query, key = _query_and_key(args, kwargs)
         if not isinstance(key, Tensor) or key.dim() != 3 or key.is_nested:
@@ -186,6 +178,28 @@ class AttentionTap(Recorder):
         self._queries.check(query.shape[1], "query")
         self._visual.check(key.shape[1], "key")
         return _fold_projections(module, self._queries.of(query) if rows is None else rows), key, padding
+
+
+def _layers(modules: Any) -> list[nn.MultiheadAttention]:
+    several = isinstance(modules, (nn.ModuleList, nn.Sequential)) or not isinstance(modules, nn.Module)
+    if not several or not isinstance(modules, Iterable):
+        raise TypeError(
+            f"modules must be a sequence of nn.MultiheadAttention, got {type(modules).__name__}: give the layers "
+            "to supervise, for example [layer.self_attn for layer in encoder.layers]"
+        )
+    chosen = list(modules)
+    for position, module in enumerate(chosen):
+        if not isinstance(module, nn.MultiheadAttention):
+            inside = _attributes(module)
+            hint = f": did you mean its {' or '.join(inside)}?" if inside else ""
+            raise TypeError(f"modules[{position}] must be nn.MultiheadAttention, got {type(module).__name__}{hint}")
+    return chosen
+
+
+def _attributes(module: Any) -> list[str]:
+    """Where the module itself has its attention."""
+    children = module.named_children() if isinstance(module, nn.Module) else ()
+    return [f".{name}" for name, child in children if isinstance(child, nn.MultiheadAttention)]
 
 
 def _query_and_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -13,6 +13,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from attbalance_ext.attention import QueryAttention
 from attbalance_ext.protocol import Tap
+from attbalance_ext.recorder import Recorder
 from attbalance_ext.sharding import gathered, is_sharded, units
 
 
@@ -39,8 +40,9 @@ class MomentumTeacher(nn.Module):
         momentum: what the average keeps of its past in each update, in [0, 1]; the paper's is 0.9.
 
     Raises:
-        ValueError: momentum outside [0, 1], or `fully_shard` was applied to the model already.
-        TypeError: make_tap returned something else.
+        ValueError: momentum outside [0, 1], `fully_shard` was applied to the model already, or make_tap tapped another
+            model than the copy.
+        TypeError: make_tap is no function, or returned something else.
     """
 
     def __init__(self, model: nn.Module, make_tap: Callable[[nn.Module], Tap], momentum: float = 0.9) -> None:
@@ -49,11 +51,18 @@ class MomentumTeacher(nn.Module):
             raise ValueError(f"momentum must be in [0, 1], got {momentum!r}")
         if any(units(model)):
             raise ValueError("model is sharded, which has no copy: make the teacher first, then call fully_shard")
+        if not callable(make_tap):
+            raise TypeError(
+                "make_tap must be a function that is called with the teacher's copy of the model and taps it, "
+                f"got {type(make_tap).__name__}"
+            )
         self.momentum = momentum
         self.module = copy.deepcopy(model).requires_grad_(False)
         tap = make_tap(self.module)
         if not isinstance(tap, Tap):
             raise TypeError(f"make_tap must return a tap, for example an AttentionTap, got {type(tap).__name__}")
+        if isinstance(tap, Recorder) and not tap.is_on(self.module):
+            raise ValueError("make_tap tapped other modules than those of the copy that it was given: tap its argument")
         self._tap = tap
         self.eval()
 
@@ -68,7 +77,16 @@ class MomentumTeacher(nn.Module):
 
         ``model`` may be a wrapper, as long as its parameters and buffers come in the same order. Where it is sharded,
         every process must call this; the parameters are gathered one by one for a teacher that is not.
+
+        Raises:
+            ValueError: ``model`` has another number of parameters or buffers.
         """
+        for kind in ("parameters", "buffers"):
+            own, other = (sum(1 for _ in getattr(module, kind)()) for module in (self.module, model))
+            if own != other:
+                raise ValueError(
+                    f"model must be the one that the teacher was made from: it has {other} {kind}, the teacher {own}"
+                )
         for unit in (*units(self.module), *units(model)):
             unit.reshard()  # after a forward pass without a backward one it shows a gathered copy of its parameters
         parameters = [

@@ -30,7 +30,7 @@ class Tokens:
 
     def __init__(self, name: str, given: int | SeveralTokens, *, one: bool = False) -> None:
         self.name = name
-        self.several = not (one and isinstance(given, int))
+        self.several = not (one and isinstance(given, int) and not isinstance(given, bool))
         self._length: int | None = None  # of the sequence that a mask is made for
         self._numbers: tuple[int, ...] = ()  # those of an int or an index
         self._view: int | slice | None = None
@@ -47,7 +47,10 @@ class Tokens:
         if isinstance(given, Tensor) and given.dtype == torch.int64 and given.dim() == 1:
             given = given.tolist()
         if not _is_ints(given):
-            raise TypeError(f"{name} must be {'an int, ' * one}a slice or a sequence of ints, got {_kind(given)}")
+            raise TypeError(
+                f"{name} must be {'an int, ' * one}a slice, a sequence of ints, an int64 tensor (N,) or a bool one "
+                f"(S,), got {_kind(given)}"
+            )
         self._numbers = tuple(given)
         if not self._numbers:
             raise ValueError(f"{name} names no token")
@@ -80,9 +83,16 @@ class Tokens:
             raise ValueError(f"{self.name} is a mask over {self._length} tokens, the layer has {tokens} {kind} tokens")
         for number in self._numbers:
             if not -tokens <= number < tokens:
-                raise ValueError(f"{self.name} must index one of the layer's {tokens} {kind} tokens, got {number}")
+                raise ValueError(
+                    f"{self.name} must index one of the layer's {tokens} {kind} tokens, got {number}{self._hint()}"
+                )
         if len({number % tokens for number in self._numbers}) != len(self._numbers):  # -1 and the last one
             raise ValueError(f"{self.name} names one of the layer's {tokens} {kind} tokens twice: {self._numbers}")
+
+    def _hint(self) -> str:
+        if len(self._numbers) == 2 and self._numbers[0] < self._numbers[1]:
+            return f"; for the tokens from {self._numbers[0]} on give slice{self._numbers}"
+        return ""
 
     def number(self, tokens: int) -> int:
         """How many of a sequence's tokens are meant."""

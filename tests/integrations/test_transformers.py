@@ -18,12 +18,23 @@ pytest.importorskip("transformers", minversion="5")
 from helpers_hosts import explicit_terms, relative_error
 from helpers_sync import no_host_sync
 from helpers_transformers import BATCH, DECODER, HOSTS, OTHERS, WIDTH, Host, bert, detr, llama, qwen2, randomised
-from transformers import BertConfig, Gemma2Config, Gemma2Model, LxmertConfig, LxmertModel, ViltConfig
+from transformers import (
+    BertConfig,
+    Gemma2Config,
+    Gemma2Model,
+    Llama4TextConfig,
+    Llama4TextModel,
+    LxmertConfig,
+    LxmertModel,
+    ViltConfig,
+)
 from transformers.models.bert.modeling_bert import (
     ALL_ATTENTION_FUNCTIONS,
     BertSelfAttention,
     eager_attention_forward,
 )
+from transformers.models.deepseek_v32 import DeepseekV32Config, DeepseekV32Model
+from transformers.models.llama import modeling_llama
 from transformers.models.vilt.modeling_vilt import ViltModel
 
 from attbalance_ext import AttentionTap, MomentumTeacher, Tap, attention_map, attention_terms
@@ -127,6 +138,38 @@ def test_a_training_step_is_bit_equal_with_the_tap_on(make: Callable[..., Host],
     removed = step()
     for steps in (idle, recording, removed):
         assert all(a is b is None or torch.equal(a, b) for a, b in zip(steps, without, strict=True))
+
+
+@IMPLEMENTATION
+def test_a_host_that_compares_its_implementations_name(attention: str) -> None:
+    """DeepSeek V3.2 masks what its indexer leaves out where the name is "eager" or "sdpa"; so each layer by itself."""
+    config = DeepseekV32Config(
+        **{**DECODER, "num_key_value_heads": 4},
+        moe_intermediate_size=16,
+        q_lora_rank=16,
+        kv_lora_rank=8,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+        index_topk=6,
+        index_n_heads=2,
+        index_head_dim=16,
+        first_k_dense_replace=2,
+        attn_implementation=attention,
+    )
+    model = DeepseekV32Model(config).eval()
+    words = torch.randint(20, (BATCH, 24))
+    expected = model(words, use_cache=False, output_attentions=attention == "eager")
+    for layer in (0, 1):
+        tap = TransformersTap(model, layers=slice(layer, layer + 1), query=-1)
+        with tap.recording():
+            output = model(words, use_cache=False)
+        assert torch.equal(output.last_hidden_state, expected.last_hidden_state)
+        padding = tap.attention().padding
+        assert padding is not None
+        assert (~padding).sum(1).tolist() == [6, 6]
+        if attention == "eager":
+            assert torch.equal(padding, expected.attentions[layer][:, 0, -1] == 0)
 
 
 @HOST
@@ -375,7 +418,7 @@ def test_what_is_refused_when_a_tap_is_made() -> None:
     for model in (vilt, lxmert):
         with pytest.raises(TypeError, match=f"no module of {type(model).__name__} .* uses the attention interface"):
             TransformersTap(model)
-    with pytest.raises(TypeError, match=r"modules\[0\] must be a module that calls .* got ViltSelfAttention"):
+    with pytest.raises(TypeError, match=r"modules\[0\] must be a module whose .* calls .* got ViltSelfAttention"):
         TransformersTap([vilt.encoder.layer[0].attention.attention])
     host = bert()
     with pytest.raises(TypeError, match=r"modules\[0\] .* got BertLayer"):
@@ -384,9 +427,21 @@ def test_what_is_refused_when_a_tap_is_made() -> None:
         TransformersTap([])
     with pytest.raises(ValueError, match="one layer twice"):
         TransformersTap(2 * host.modules(host.model))
-    with pytest.raises(TypeError, match="query must be an int, a slice or a sequence of ints, got float"):
+    with pytest.raises(
+        TypeError, match=r"query must be an int, a slice, a sequence of ints, an int64 tensor .* got float"
+    ):
         TransformersTap(host.model, query=0.5)  # type: ignore[arg-type]
     assert not any(module._forward_pre_hooks for module in host.model.modules())
+
+
+def test_mistakes_with_several_kinds_of_layers() -> None:
+    model, run, _ = OTHERS["llava"]()
+    for layers in (-1, [0, 1]):
+        with pytest.raises(TypeError, match=r"layers must be a slice, slice\(-4, None\) .* got (int|list)"):
+            TransformersTap(model, layers=layers)
+    tap = TransformersTap(model, query=-1, visual=range(2, 18))
+    with pytest.raises(ValueError, match=r"layer 0, CLIPAttention: .* give the one to tap"), tap.recording():
+        run(model)
 
 
 def bert_attention(**options: Any) -> BertSelfAttention:
@@ -543,6 +598,66 @@ def test_windows_of_different_sizes_are_refused() -> None:
     assert len(within.attention().key) == 2
 
 
+@IMPLEMENTATION
+def test_chunked_layers_beside_full_ones_are_refused(attention: str) -> None:
+    config = Llama4TextConfig(
+        **DECODER,
+        intermediate_size_mlp=40,
+        head_dim=8,
+        attention_chunk_size=8,
+        no_rope_layers=[1, 0],
+        moe_layers=[],
+        pad_token_id=0,
+        attn_implementation=attention,
+    )
+    model, words = Llama4TextModel(config), torch.randint(1, 20, (BATCH, 12))
+    assert config.layer_types == ["chunked_attention", "full_attention"]
+    both, chunked = TransformersTap(model, query=-1), TransformersTap(model, layers=slice(1), query=-1)
+    with both.recording(), chunked.recording():
+        model(words, use_cache=False)
+    with pytest.raises(ValueError, match=r"layer\(s\) \[0\] hide other visual tokens .* tap layers of one kind"):
+        both.attention()
+    assert chunked.attention().padding.tolist() == 2 * [8 * [True] + 4 * [False]]
+
+
+class Indexes(BertSelfAttention):
+    """Takes its attention by index, with nothing to fall back to."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        heads = hidden_states.unflatten(-1, (2, 8)).transpose(1, 2)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](self, heads, heads, heads, None)[0]
+
+
+def test_a_module_that_takes_its_attention_by_index() -> None:
+    module = Indexes(BertConfig(hidden_size=16, num_attention_heads=2, attn_implementation="flash_attention_2"))
+    tap, x = TransformersTap([module], query=1), torch.randn(2, 5, 16)
+    expected = module(x)
+    with tap.recording():
+        assert torch.equal(module(x), expected)
+    heads = x.unflatten(-1, (2, 8)).transpose(1, 2)
+    truth = (heads[:, :, 1:2] @ heads.mT).mean(1)[:, 0] / math.sqrt(8)
+    torch.testing.assert_close(attention_map(tap.attention())[0], truth.softmax(-1))
+
+
+def test_the_interface_has_its_place_back_after_the_last_recording() -> None:
+    host = llama()
+    interface = modeling_llama.ALL_ATTENTION_FUNCTIONS
+    one, two = TransformersTap(host.model, query=-1), TransformersTap(host.model, query=2)
+    first, second = one.recording(), two.recording()
+    first.__enter__()
+    second.__enter__()
+    host.output()
+    first.__exit__(None, None, None)
+    assert modeling_llama.ALL_ATTENTION_FUNCTIONS is not interface
+    assert modeling_llama.ALL_ATTENTION_FUNCTIONS.valid_keys() == interface.valid_keys()
+    second.__exit__(None, None, None)
+    assert modeling_llama.ALL_ATTENTION_FUNCTIONS is interface
+    assert len(one.attention().key) == len(two.attention().key) == 2
+    with pytest.raises(ZeroDivisionError), one.recording():
+        _ = 1 / 0
+    assert modeling_llama.ALL_ATTENTION_FUNCTIONS is interface
+
+
 class Packed(BertSelfAttention):
     """Attends within the parts of a sequence, one after the other."""
 
@@ -556,7 +671,7 @@ def test_a_module_that_calls_its_attention_twice_is_refused() -> None:
     module = Packed(BertConfig(hidden_size=16, num_attention_heads=2, attn_implementation="sdpa"))
     config = module.config
     tap = TransformersTap([module])
-    with pytest.raises(RuntimeError, match="Packed calls its attention several times"), tap.recording():
+    with pytest.raises(RuntimeError, match=r"layer 0, Packed, .* asked for its attention twice"), tap.recording():
         module(torch.randn(2, 5, 16))
     assert module.config is config
     module(torch.randn(2, 5, 16))

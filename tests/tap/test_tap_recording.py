@@ -205,7 +205,7 @@ def test_a_layer_that_runs_twice_is_refused(host: Host, tap: AttentionTap) -> No
     tokens = torch.randn(2, 5, 16)
     with tap.recording():
         host(tokens)
-        with pytest.raises(RuntimeError, match="layer 0 ran twice"):
+        with pytest.raises(RuntimeError, match="layer 0, MultiheadAttention, ran twice"):
             host(tokens)
 
 
@@ -301,9 +301,11 @@ def test_wrong_arguments() -> None:
         AttentionTap([layer, nn.Linear(8, 8)])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="one layer twice"):
         AttentionTap([layer, layer])
-    with pytest.raises(TypeError, match="query must be an int, a slice or a sequence of ints, got float"):
+    with pytest.raises(
+        TypeError, match=r"query must be an int, a slice, a sequence of ints, an int64 tensor .* got float"
+    ):
         AttentionTap([layer], query=0.0)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="visual must be a slice or a sequence of ints, got int"):
+    with pytest.raises(TypeError, match=r"visual must be a slice, a sequence of ints, an int64 tensor .* got int"):
         AttentionTap([layer], visual=3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"modules must be a sequence of .*, got MultiheadAttention"):
         AttentionTap(layer)  # type: ignore[arg-type]
@@ -385,3 +387,14 @@ def test_a_tap_adds_nothing_to_the_state_dict() -> None:
     before = list(model.state_dict())
     AttentionTap(model.attention_layers())
     assert list(model.state_dict()) == before
+
+
+def test_wrong_modules_are_told_what_to_give() -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2), 2, enable_nested_tensor=False)
+    for modules, got in ((encoder, "TransformerEncoder"), (None, "NoneType")):
+        with pytest.raises(TypeError, match=f"got {got}: give the layers .* .layer.self_attn for layer in"):
+            AttentionTap(modules)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"modules\[0\] .* got TransformerEncoderLayer: did you mean its \.self_attn\?"):
+        AttentionTap(encoder.layers)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"query must be an int, .* got bool"):
+        AttentionTap([encoder.layers[0].self_attn], query=True)

@@ -84,7 +84,7 @@ def test_the_end(given: Any, end: int | None) -> None:
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        (3, TypeError, "visual must be a slice or a sequence of ints, got int"),
+        (3, TypeError, r"visual must be a slice, a sequence of ints, an int64 tensor .* got int"),
         (None, TypeError, "got NoneType"),
         ("12", TypeError, "got str"),
         ([1.0, 2], TypeError, "got list of float, int"),

@@ -144,7 +144,7 @@ def test_the_wrapped_student_counts_too(model: WithBuffers, teacher: MomentumTea
 
 
 def test_another_model_is_refused(teacher: MomentumTeacher) -> None:
-    with pytest.raises(ValueError, match=r"shorter|longer"):
+    with pytest.raises(ValueError, match=r"model must be the one that .* it has 40 parameters, the teacher 30"):
         teacher.update(Grounder(layers=3))
 
 
@@ -291,3 +291,12 @@ def test_momentum_out_of_range(model: WithBuffers, momentum: float) -> None:
 def test_make_tap_must_return_a_tap(model: WithBuffers) -> None:
     with pytest.raises(TypeError, match="make_tap must return a tap, for example an AttentionTap, got NoneType"):
         MomentumTeacher(model, lambda copy: None)  # type: ignore[arg-type, return-value]
+
+
+def test_make_tap_that_is_no_function_or_taps_the_student() -> None:
+    model = nn.ModuleList([nn.MultiheadAttention(8, 2)])
+    tap = AttentionTap(list(model))
+    with pytest.raises(TypeError, match=r"make_tap must be a function .* got AttentionTap"):
+        MomentumTeacher(model, tap)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="make_tap tapped other modules"):
+        MomentumTeacher(model, lambda copy: AttentionTap(list(model)))
