@@ -15,7 +15,7 @@ namespace attbalance {
 struct FinishShared {
     float scratch[kWarps];
     float factor[kKeyMeans][kMaxSplits];  // of each part's key sums in the key means
-    float unit;                           // what the mean inside is still to be multiplied with
+    float unit[kKeyMeans];                // what the mean is still to be multiplied with
 };
 
 /// A part's factor in the mean of all parts, whose sum is `total` relative to `max`.
@@ -43,7 +43,10 @@ __device__ __forceinline__ void finish_row(const ForwardArguments& a, int row, c
         // 1 / sum overflows where all weights of a region are subnormal. (The other sums are 1 at least.)
         const float unit = all.in.sum < 0x1p-64f ? 0x1p64f : 1.0f;
         shared->factor[kMeanIn][threadIdx.x] = share_of(part.in, all.in.max, all.in.sum * unit);
-        if (threadIdx.x == 0) shared->unit = unit;
+        if (threadIdx.x == 0) {
+            shared->unit[kMeanIn] = unit;
+            shared->unit[kMeanOut] = shared->unit[kMeanTeacher] = 1;
+        }
         shared->factor[kMeanOut][threadIdx.x] = share_of(part.out, max, total);
         shared->factor[kMeanTeacher][threadIdx.x] = share_of(part.teacher, all.teacher.max, all.teacher.sum);
     }
@@ -104,7 +107,7 @@ __device__ __forceinline__ void finish_row(const ForwardArguments& a, int row, c
                 mean += shared->factor[kind][c] *
                         key_sums[(static_cast<int64_t>(c) * kKeyMeans + kind) * a.dim + d];
             }
-            means[kind * a.dim + d] = kind == kMeanIn ? mean * shared->unit : mean;
+            means[kind * a.dim + d] = mean * shared->unit[kind];
         }
     }
 }
