@@ -62,6 +62,12 @@ def test_self_check_sees_a_wrong_backend(monkeypatch: pytest.MonkeyPatch, factor
     assert not checks["cpu"]
 
 
+def test_self_check_looks_at_every_term_and_gradient() -> None:
+    """in_box, rac, mrc, loss; then the gradients by two queries, two keys and the predicted boxes."""
+    shapes = [tuple(value.shape) for value in info._run("reference", torch.float64)]
+    assert shapes == [(2, 3)] * 3 + [()] + [(3, 64)] * 2 + [(3, 100, 64)] * 2 + [(3, 4)]
+
+
 def test_self_check_sees_one_gradient_that_is_not_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
     right = info._run
 

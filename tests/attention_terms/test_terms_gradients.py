@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import BACKENDS, DOUBLE, NATIVE, poisoned_memory, same_bits, threads
-from helpers_attention import LAYOUTS, Problem, assert_solves, literal, make_problem, solve
+from helpers_attention import LAYOUTS, Problem, arrange, assert_solves, literal, make_problem, solve
 from torch import Tensor
 
 from attbalance_ext import QueryAttention, attention_terms
@@ -186,6 +186,14 @@ def test_sequence_first_keys_get_sequence_first_gradients(backend: str, layout: 
     """In the storage order of the host model, so that no transposing copy follows."""
     for gradient in solve(make_problem(tokens=401, layout=layout), backend).grad_key:
         assert gradient.transpose(0, 1).is_contiguous()
+
+
+@pytest.mark.parametrize("width", [16, 19])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layers_in_layouts_of_their_own(backend: str, width: int) -> None:
+    problem = make_problem(layers=len(LAYOUTS), tokens=40, width=width, padded=True)
+    problem.key = [arrange(k, layout) for k, layout in zip(problem.key, LAYOUTS, strict=True)]
+    assert_solves(solve(problem, backend), literal(problem))
 
 
 @pytest.mark.parametrize("with_teacher", [False, True])

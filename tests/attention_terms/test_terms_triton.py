@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import poisoned_memory, same_bits
-from helpers_attention import LAYOUTS, Problem, assert_solves, literal, make_problem, problem_of, solve
+from helpers_attention import LAYOUTS, Problem, arrange, assert_solves, literal, make_problem, problem_of, solve
 from helpers_exact import exact, extreme_problem
 from helpers_pairwise import case_id, pairwise
 
@@ -60,6 +60,16 @@ def test_against_the_equations(case: dict[str, Any]) -> None:
         solution = solve(problem, "triton")
     assert [g.dtype for g in solution.grad_key] == [k.dtype for k in problem.key]
     assert_solves(solution, literal(problem))
+
+
+def test_layers_in_layouts_of_their_own() -> None:
+    """Equations hold for layers that one launch cannot take together."""
+    problem = make_problem(layers=4, batch=2, tokens=20, width=8, padded=True)
+    layouts = ("batch_first", "sequence_first", "slice", "sequence_first")
+    problem.key = [arrange(k, layout) for k, layout in zip(problem.key, layouts, strict=True)]
+    solution = solve(problem, "triton")
+    assert_solves(solution, literal(problem))
+    assert [g.is_contiguous() for g in solution.grad_key] == [True, False, True, False]
 
 
 def test_the_host_models_shape() -> None:
@@ -175,6 +185,18 @@ def test_both_ends_against_60_digits(distance: float) -> None:
     """A_in near 0 and near 1, and a teacher that almost agrees."""
     problem = extreme_problem([1e-30, 1e-4, 0.499, 0.9, 1 - 1e-8], distance, F32)
     assert_solves(solve(problem, "triton"), exact(problem))
+
+
+def test_edge_cases_of_a_token_that_is_not_its_slot_s_first() -> None:
+    """An infinite score of it would vanish beside a finite one, or be taken for certain."""
+    problem = make_problem(layers=1, batch=3, tokens=140, width=40, teacher_dtype=None)
+    clean = solve(problem, "triton").terms
+    problem.query[0][1:, 3] = 1
+    problem.key[0][1, 139, 3], problem.key[0][2, 60, 3] = -INF, INF
+    terms = solve(problem, "triton").terms
+    for term, before in zip(terms[:2], clean[:2], strict=True):
+        assert term[0, 1:].isnan().all()
+        assert same_bits(term[0, 0], before[0, 0])
 
 
 @pytest.mark.parametrize("rule", ["touch", "center", "coverage", "nearest"])

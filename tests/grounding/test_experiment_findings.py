@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from scipy import stats
 from attbalance_ext.grounding.errors import UserError
 from attbalance_ext.grounding.experiment.findings import findings
 from attbalance_ext.grounding.experiment.record import record_path, write_record
-from attbalance_ext.grounding.experiment.statistics import adjusted, compare, interval
+from attbalance_ext.grounding.experiment.statistics import Comparison, Interval, adjusted, compare, interval
 
 HARD, EASY = "builtin:refcoco-hard", "builtin:referit"
 
@@ -56,6 +57,13 @@ def test_comparison_is_paired() -> None:
     assert math.isnan(compare([0.5, 0.6], [0.4, 0.5]).p)  # no spread: no test
 
 
+def test_a_verdict_is_that_of_the_adjusted_p_value() -> None:
+    more = Interval(0.1, 0.01, 0.19, 4)
+    assert Comparison(more, p=0.04, adjusted_p=0.08).verdict == "open"
+    assert Comparison(more, p=0.04, adjusted_p=0.04).verdict == "helps"
+    assert Comparison(more, p=0.04).verdict == ""
+
+
 def test_adjusting_leaves_nan_out() -> None:
     assert adjusted([math.nan, 0.01, math.nan, 0.04]) == pytest.approx([math.nan, 0.02, math.nan, 0.04], nan_ok=True)
     assert adjusted([0.01, 0.01, 0.5, 0.5]) == pytest.approx([0.02, 0.02, 0.5, 0.5])
@@ -91,6 +99,27 @@ def test_rows_and_verdicts(tmp_path: Path) -> None:
     ] == pytest.approx(wanted[:3].tolist(), rel=1e-4)
     assert rows["plain"].of_training("dat") is None
     assert rows["full"].of_training("dat") == interval([1.68] * 4)
+
+
+def test_figures_are_of_the_first_split_unless_another_is_named(tmp_path: Path) -> None:
+    spec = make_study(tmp_path)
+    for cell in spec.cells:
+        record = make_record(cell.settings.to_dict(), 0.6, splits=spec.splits)
+        other = {**record.results[spec.splits[-1]], "acc50": 0.3}
+        results = {**record.results, spec.splits[-1]: other}
+        write_record(record_path(tmp_path, cell.settings), replace(record, results=results))
+    assert len(spec.splits) == 2
+    row = findings(spec, tmp_path).rows[1]
+    assert row.over_seeds("acc50").mean == pytest.approx(0.6)
+    assert row.over_seeds("acc50", spec.splits[-1]).mean == pytest.approx(0.3)
+
+
+def test_the_box_loss_weighs_what_its_alpha_and_dat_make_of_it(tmp_path: Path) -> None:
+    spec = make_study(tmp_path)
+    add_records(spec, tmp_path)
+    plain, full, *_ = findings(spec, tmp_path).rows
+    assert plain.box_weight == plain.records[0].settings["loss"]["alpha_giou"]
+    assert full.box_weight == pytest.approx(1.68 * full.records[0].settings["loss"]["alpha_giou"])
 
 
 def test_part_of_a_study(tmp_path: Path) -> None:

@@ -155,6 +155,17 @@ def test_stops_early_and_keeps_the_best(make_trainer: MakeTrainer, monkeypatch: 
     assert load_checkpoint(trainer.directory / LAST)["step"] == 12
 
 
+def test_resumes_its_patience(make_trainer: MakeTrainer) -> None:
+    """What did not gain before the kill counts."""
+    changes = {"validate_every": 1, "early_stop": 3, "learning_rate": 1e-9}
+    first, second = make_trainer(**changes), make_trainer(**changes)
+    for _ in range(2):
+        first.advance()
+    assert first.validations_without_gain == 1
+    second.load_state_dict(load_checkpoint(first.save()))
+    assert finish(second).step == 4
+
+
 @pytest.mark.parametrize("checkpoint_every", [None, 20])
 def test_stopping_early_is_an_end_like_any_other(make_trainer: MakeTrainer, checkpoint_every: int | None) -> None:
     """With a record of its steps and a last checkpoint, whatever else is due then."""

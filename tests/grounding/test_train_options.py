@@ -134,6 +134,9 @@ def test_fp16_leaves_out_steps_that_overflow_and_goes_on(make_trainer: MakeTrain
     assert 0 < skipped[0] <= 1
     state = load_checkpoint(trainer.directory / LAST)
     assert state["scaler"]["scale"] == trainer.scaler.get_scale() < 2.0**26
+    resumed = make_trainer("resumed", precision="fp16", model_options=NO_DROPOUT)
+    resumed.load_state_dict(state)
+    assert resumed.scaler.state_dict() == trainer.scaler.state_dict()
 
 
 def test_clipping_sees_gradients_as_they_are(make_trainer: MakeTrainer) -> None:
@@ -299,6 +302,17 @@ def test_streamed_without_augmentation_is_what_is_in_memory() -> None:
         torch.testing.assert_close(getattr(one, name), getattr(other, name))
     assert one.padding is not None
     assert not one.padding.any()
+
+
+def test_a_batch_is_as_long_as_its_longest_sentence() -> None:
+    dataset = ToyDataset(2)
+    dataset.sentences = ["square", "the red square", "the big red square", "red square"]
+    tokenizer = WordTokenizer(Vocabulary.build(dataset.sentences))
+    model = build_model("transvg-tiny", vocabulary_size=len(tokenizer), image_size=32, **NO_DROPOUT)
+    batch = PreparedSplit(dataset, tokenizer, model, torch.device("cpu")).batch(torch.tensor([0, 1, 3]))  # type: ignore[arg-type]
+    words, padding = tokenizer.encode([dataset.sentences[index] for index in (0, 1, 3)], model.max_words)
+    assert torch.equal(batch.words, words)
+    assert torch.equal(batch.word_padding, padding)
 
 
 def test_a_streamed_run_resumes_exactly(make_trainer: MakeTrainer) -> None:

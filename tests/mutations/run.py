@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -81,10 +82,10 @@ def run(
         trees.put(Tree(source, folder / f"copy-{job}", imported))
     done = 0
 
-    def note(mutation: Mutation, verdict: str, said: str = "", seconds: float = 0.0) -> None:
+    def note(tree: Tree, mutation: Mutation, verdict: str, said: str = "", seconds: float = 0.0) -> None:
         nonlocal done
         done += 1
-        results.add(mutation.name, Outcome(verdict, said, round(seconds, 1), mutation.fingerprint(source)))
+        results.add(mutation.name, Outcome(verdict, said, round(seconds, 1), mutation.fingerprint(tree.folder)))
         say(f"[{done}/{len(left)}] {verdict:8} {seconds:5.1f} s  {mutation.name}: {said}")
 
     def work(one: MutationList) -> None:
@@ -94,7 +95,7 @@ def run(
         tree = trees.get()
         try:
             say(f"{one.area}: {len(mutations)} to try; their tests without an edit first")
-            _try_all(one, mutations, tree, note)
+            _try_all(one, mutations, tree, partial(note, tree))
         finally:
             tree.close()
             trees.put(tree)
