@@ -4,7 +4,6 @@
 // How the work is cut depends on the shapes alone, never on the number of threads, so that the results have
 // the same bits for any number of them.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <optional>
@@ -13,6 +12,7 @@
 
 #include "../cpu_features.h"
 #include "../huge_pages.h"
+#include "../parallel.h"
 #include "../tensors.h"
 #include "attention_terms.h"
 #include "check_region.h"
@@ -185,7 +185,7 @@ ForwardOutputs forward(const Tensors& query, const Tensors& key, const std::vect
                        padded ? padded + b * tokens : nullptr, results);
     };
 
-    torch::stable::parallel_for(0, rows * splits, 1, [&](int64_t first, int64_t last) {
+    parallel_for(rows * splits, 1, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i) {
             run_chunk(i / splits, i % splits);
             if (splits == 1) finish_row(i);
@@ -233,31 +233,30 @@ void write_key_gradients(const RowKernels<A>& kernels, const std::vector<KeyGrad
     const bool past_caches = bytes > kCachedBytes;
     constexpr int64_t kRowsPerPiece = 64;
     const int64_t pieces = (batch * tokens + kRowsPerPiece - 1) / kRowsPerPiece;
-    torch::stable::parallel_for(
-        0, static_cast<int64_t>(key_gradients.size()) * pieces, 1, [&](int64_t first, int64_t last) {
-            for (int64_t piece = first; piece < last; ++piece) {
-                const KeyGradient& target = key_gradients[piece / pieces];
-                const A* const q = data<const A>(query[target.layer]);
-                const A* const c = coefficients + target.layer * batch * tokens;
-                const auto outer = kernels.outer[static_cast<int>(target.dtype)];
-                const int64_t row_bytes = dim * element_bytes(target.dtype);
-                const int64_t stop = std::min((piece % pieces + 1) * kRowsPerPiece, batch * tokens);
-                for (int64_t row = piece % pieces * kRowsPerPiece; row < stop;) {
-                    // A run of rows that share a sample (batch-first) or a token (sequence-first).
-                    const int64_t run = target.sequence_first ? batch : tokens;
-                    const int64_t position = row % run;
-                    const int64_t count = std::min(run - position, stop - row);
-                    char* const out = target.out + row * row_bytes;
-                    if (target.sequence_first) {
-                        outer(c + position * tokens + row / run, tokens, q + position * dim, dim, count, dim,
-                              past_caches, out);
-                    } else {
-                        outer(c + row, 1, q + row / run * dim, 0, count, dim, past_caches, out);
-                    }
-                    row += count;
+    parallel_for(static_cast<int64_t>(key_gradients.size()) * pieces, 1, [&](int64_t first, int64_t last) {
+        for (int64_t piece = first; piece < last; ++piece) {
+            const KeyGradient& target = key_gradients[piece / pieces];
+            const A* const q = data<const A>(query[target.layer]);
+            const A* const c = coefficients + target.layer * batch * tokens;
+            const auto outer = kernels.outer[static_cast<int>(target.dtype)];
+            const int64_t row_bytes = dim * element_bytes(target.dtype);
+            const int64_t stop = std::min((piece % pieces + 1) * kRowsPerPiece, batch * tokens);
+            for (int64_t row = piece % pieces * kRowsPerPiece; row < stop;) {
+                // A run of rows that share a sample (batch-first) or a token (sequence-first).
+                const int64_t run = target.sequence_first ? batch : tokens;
+                const int64_t position = row % run;
+                const int64_t count = std::min(run - position, stop - row);
+                char* const out = target.out + row * row_bytes;
+                if (target.sequence_first) {
+                    outer(c + position * tokens + row / run, tokens, q + position * dim, dim, count, dim,
+                          past_caches, out);
+                } else {
+                    outer(c + row, 1, q + row / run * dim, 0, count, dim, past_caches, out);
                 }
+                row += count;
             }
-        });
+        }
+    });
 }
 
 template <typename A>
@@ -320,7 +319,7 @@ BackwardOutputs backward(const Tensor& grad_in_box, const Tensor& grad_rac, cons
     const bool with_coefficients = need_dot || !key_gradients.empty();
     const Tensor coefficients = with_coefficients ? empty({layers, batch, tokens}, kType) : empty({0}, kType);
 
-    torch::stable::parallel_for(0, layers * batch, 1, [&](int64_t first, int64_t last) {
+    parallel_for(layers * batch, 1, [&](int64_t first, int64_t last) {
         for (int64_t row = first; row < last; ++row) {
             const int64_t l = row / batch, b = row % batch;
             const RowGradient<A> gradient = {
