@@ -20,7 +20,7 @@ CPP_FILES    = $(shell git ls-files --cached --others --exclude-standard '*.h' '
 # cmake and ninja come with the environment; the system's are not needed.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help setup test test-gpu mutate check-cuda check-triton wheel check-wheel lint format docs docs-serve bench demo lock audit licences clean
+.PHONY: help setup test test-gpu mutate check-cuda check-triton sanitize tidy wheel check-wheel lint format docs docs-serve bench demo lock audit licences clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -42,6 +42,12 @@ check-cuda: $(VENV)/.installed  ## registers, spills, width of memory accesses, 
 
 check-triton: $(VENV)/.installed  ## compile every Triton kernel for every architecture; registers, spills, access widths
 	$(BIN)/python scripts/check_triton.py
+
+sanitize: $(VENV)/.installed  ## the native code under AddressSanitizer, UBSan, ThreadSanitizer and LeakSanitizer
+	$(BIN)/python -m tests.sanitised
+
+tidy: $(VENV)/.installed  ## clang-tidy over the C++ and CUDA kernels
+	$(BIN)/python scripts/tidy.py
 
 wheel: $(VENV)/.installed  ## the wheel in dist/, for every Python and PyTorch, with the CUDA kernels where nvcc is
 	PYTHON=$(BIN)/python scripts/build_wheel.sh

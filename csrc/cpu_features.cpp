@@ -20,6 +20,7 @@ InstructionSet widest_available() {
 }
 
 InstructionSet widest_allowed() {
+    // NOLINTNEXTLINE(concurrency-mt-unsafe): read once, at the first call
     const char* name = std::getenv("ATTBALANCE_CPU_ISA");
     if (name && std::strcmp(name, "baseline") == 0) return InstructionSet::kBaseline;
     if (name && std::strcmp(name, "avx2") == 0) return InstructionSet::kAvx2;

@@ -72,8 +72,8 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, Plac
         case 4:
             return empty_strided(sizes, {size[1] * size[2] * size[3], size[2] * size[3], size[3], 1}, dtype,
                                  place);
+        default: STD_TORCH_CHECK(false, "attbalance_ext: at most 4 dimensions");
     }
-    STD_TORCH_CHECK(false, "attbalance_ext: at most 4 dimensions");
 }
 
 /// The values, unchecked: see `check`. Reading through `const T` leaves a lazily copied tensor shared.

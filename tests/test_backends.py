@@ -23,6 +23,7 @@ from attbalance_ext import (
     available_backends,
 )
 from attbalance_ext.kernels import choose, ops
+from attbalance_ext.kernels.elf import is_cut_short
 from attbalance_ext.kernels.problem import Problem
 
 
@@ -149,6 +150,30 @@ def test_library_that_does_not_load_is_a_reason(tmp_path) -> None:
     (problem,) = ops._load(broken)
     assert problem.reason.startswith(f"libattbalance_cpu.so does not load with PyTorch {torch.__version__} (")
     assert "pip install --no-build-isolation" in problem.remedy
+
+
+@pytest.mark.parametrize("kept", [64, 100, 4096, 0.3, 0.6, 0.9])
+def test_library_that_is_cut_short_is_a_reason(kept: float, tmp_path: Path) -> None:
+    """To load it would end the process."""
+    content = ops.CPU_LIBRARY.read_bytes()
+    broken = tmp_path / "libattbalance_cpu.so"
+    broken.write_bytes(content)
+    assert not is_cut_short(broken)
+    size = kept if isinstance(kept, int) else int(kept * len(content))
+    broken.write_bytes(content[:size])
+    (problem,) = ops._load(broken)
+    assert problem.reason == f"libattbalance_cpu.so is cut short, at {size} bytes"
+    assert "pip install --no-build-isolation" in problem.remedy
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x7fELF", b"\x7fELF\x02\x01" + bytes(57), b"\x7fELF\x02\x01" + bytes(58), b"MZ" + bytes(90)]
+)
+def test_the_loader_says_what_is_wrong_with_other_files(content: bytes, tmp_path: Path) -> None:
+    broken = tmp_path / "libattbalance_cpu.so"
+    broken.write_bytes(content)
+    (problem,) = ops._load(broken)
+    assert problem.reason.startswith("libattbalance_cpu.so does not load with PyTorch")
 
 
 def test_float64_names_the_backends_that_have_it() -> None:

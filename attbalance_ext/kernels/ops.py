@@ -26,6 +26,7 @@ from torch import Tensor
 from attbalance_ext.kernels.attention_terms.reference import AttentionTerms
 from attbalance_ext.kernels.balanced_loss.reference import SAMPLE_ROWS, Objective
 from attbalance_ext.kernels.dtypes import DTYPES
+from attbalance_ext.kernels.elf import is_cut_short
 from attbalance_ext.kernels.problem import Problem, build
 
 BACKENDS = ("cpu", "triton", "cuda")
@@ -43,6 +44,8 @@ def _load(path: Path, compiler: str = "a C++ compiler") -> list[Problem]:
     """Load a native library; why it could not be loaded, or []."""
     if not path.exists():
         return [Problem(f"{path.name} was not built", f"with PyTorch, CMake and {compiler} installed, {build()}")]
+    if is_cut_short(path):
+        return [Problem(f"{path.name} is cut short, at {path.stat().st_size} bytes", build())]
     try:
         torch.ops.load_library(path)
     except OSError as error:

@@ -4,7 +4,6 @@
 // How the work is cut depends on the shapes alone, never on the number of threads, so that the results have
 // the same bits for any number of them.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <optional>
@@ -186,7 +185,7 @@ ForwardOutputs forward(const Tensors& query, const Tensors& key, const std::vect
                        padded ? padded + b * tokens : nullptr, results);
     };
 
-    parallel_for(0, rows * splits, 1, [&](int64_t first, int64_t last) {
+    parallel_for(rows * splits, 1, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i) {
             run_chunk(i / splits, i % splits);
             if (splits == 1) finish_row(i);
@@ -234,7 +233,7 @@ void write_key_gradients(const RowKernels<A>& kernels, const std::vector<KeyGrad
     const bool past_caches = bytes > kCachedBytes;
     constexpr int64_t kRowsPerPiece = 64;
     const int64_t pieces = (batch * tokens + kRowsPerPiece - 1) / kRowsPerPiece;
-    parallel_for(0, static_cast<int64_t>(key_gradients.size()) * pieces, 1, [&](int64_t first, int64_t last) {
+    parallel_for(static_cast<int64_t>(key_gradients.size()) * pieces, 1, [&](int64_t first, int64_t last) {
         for (int64_t piece = first; piece < last; ++piece) {
             const KeyGradient& target = key_gradients[piece / pieces];
             const A* const q = data<const A>(query[target.layer]);
@@ -320,7 +319,7 @@ BackwardOutputs backward(const Tensor& grad_in_box, const Tensor& grad_rac, cons
     const bool with_coefficients = need_dot || !key_gradients.empty();
     const Tensor coefficients = with_coefficients ? empty({layers, batch, tokens}, kType) : empty({0}, kType);
 
-    parallel_for(0, layers * batch, 1, [&](int64_t first, int64_t last) {
+    parallel_for(layers * batch, 1, [&](int64_t first, int64_t last) {
         for (int64_t row = first; row < last; ++row) {
             const int64_t l = row / batch, b = row % batch;
             const RowGradient<A> gradient = {

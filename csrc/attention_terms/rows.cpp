@@ -13,7 +13,7 @@ namespace {
 
 /// Tokens are handled in tiles: all scores of one first, then the softmax of all, then the weighted sum of
 /// the keys, which the caches still have.
-constexpr int64_t kTileBytes = 64 * 1024;
+constexpr int64_t kTileBytes = 1 << 16;
 constexpr int kMaxTile = 64;
 
 /// Keys that are read at a time, from places of the tile that lie on different pages: processors fetch ahead
@@ -65,7 +65,7 @@ inline void prefetch(const void* p, int64_t offset, int64_t bytes) {
 }
 
 /// No float runs up more products than this before it is added to a double, whatever D and the vector width.
-constexpr int kMaxRun = 16;
+constexpr int64_t kMaxRun = 16;
 
 /// query . key[i] for kStreams keys at once, which share the loads of the query.
 template <typename A, typename K>
@@ -181,7 +181,7 @@ inline void add_columns(const Tile<K>& tile, const Weights<A> (&weights)[kSums],
 template <typename A, typename K, int kCount>
 void add_keys(const Tile<K>& tile, const Weights<A> (&weights)[kSums], int64_t dim,
               A* const (&total)[kSums]) {
-    constexpr int kStep = kWidth<A>;
+    constexpr int64_t kStep = kWidth<A>;
     constexpr int kVectors = 4;
     int64_t d = 0;
     for (; d + kVectors * kStep <= dim; d += kVectors * kStep)
@@ -338,7 +338,7 @@ A kl_divergence(const RowResults<A>& row, double log_sum_exp, double teacher_log
         const Vec<A> t = exp<A>(load<A>(log_t));
         const Vec<A> far = exp<A>(load<A>(log_p)) - t - t * x;
         const Vec<A> near = t * x * x * exp_remainder<A>(x);
-        total += (x < 1) & (x > -1) ? near : far;  // padding: x = 0, which adds 0
+        total += ((x < 1) & (x > -1)) ? near : far;  // padding: x = 0, which adds 0
     }
     return static_cast<A>(sum_in_double<A>(total));
 }
@@ -349,7 +349,7 @@ inline Vec<A> difference(Vec<A> log_p, Vec<A> log_t, Vec<A> p) {
     const Vec<A> x = log_p - log_t;
     const Vec<A> t = exp<A>(log_t);
     const Vec<A> near = t * (x + x * x * exp_remainder<A>(x));
-    return (x < 1) & (x > -1) ? near : p - t;
+    return ((x < 1) & (x > -1)) ? near : p - t;
 }
 
 template <typename A>

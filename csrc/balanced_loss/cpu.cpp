@@ -1,6 +1,5 @@
 // `balanced_loss` on the CPU: the objective of a batch and its gradients in two passes over the samples.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cmath>
@@ -19,7 +18,7 @@ void batch_spearman(const Inputs<A>& in, const A* iou, A* rho) {
     for (int64_t b = 0; b < in.batch; ++b) kept[b] = in.valid[b] && std::isfinite(iou[b]);
     const std::vector<Ranked<A>> iou_order = sorted(iou, kept);
     const int64_t layers_per_task = std::max<int64_t>(1, 4096 / std::max<int64_t>(in.batch, 1));
-    parallel_for(0, in.layers, layers_per_task, [&](int64_t first, int64_t last) {
+    parallel_for(in.layers, layers_per_task, [&](int64_t first, int64_t last) {
         for (int64_t l = first; l < last; ++l) {
             rho[l] = static_cast<A>(spearman(in.in_box + l * in.batch, iou_order, in.batch));
         }

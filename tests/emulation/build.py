@@ -50,29 +50,45 @@ def load(module: str, variant: str = VARIANT) -> ModuleType:
 
 def build(module: str, variant: str = VARIANT) -> Path:
     """Bring the module up to date. Safe when several processes ask at once."""
-    import pybind11  # needed to compile only: the tests of an installed wheel have no compiler either
-
     directory = BUILDS / f"{variant}-{sys.implementation.cache_tag}-torch-{torch.__version__}"
-    directory.mkdir(parents=True, exist_ok=True)
-    torch_directory = Path(torch.__file__).parent
-    cmake, ninja = _tool("cmake"), _tool("ninja")
-    with _locked(directory / "lock"):
-        if not (directory / "build.ninja").exists():
-            _run(
-                cmake,
-                f"-S{SOURCES}",
-                f"-B{directory}",
-                "-GNinja",
-                f"-DCMAKE_MAKE_PROGRAM={ninja}",
-                f"-DPython_EXECUTABLE={sys.executable}",
-                f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-                f"-DTORCH_INCLUDE_DIR={torch_directory / 'include'}",
-                f"-DTORCH_LIBRARY_DIR={torch_directory / 'lib'}",
-                *VARIANTS[variant],
-            )
-        _run(cmake, "--build", str(directory), "--target", module, "--parallel", "2")
+    compile_with_cmake(SOURCES, directory, (module,), *module_options(), *VARIANTS[variant])
     (path,) = directory.glob(f"{module}.*.so")
     return path
+
+
+def compile_with_cmake(sources: Path, directory: Path, targets: tuple[str, ...], *options: str) -> None:
+    """Bring the targets of a CMake project that needs PyTorch up to date. Safe when several processes ask at once.
+
+    Raises:
+        RuntimeError: something does not compile; the message is all that the compiler said.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with _locked(directory / "lock"):
+        if not (directory / "build.ninja").exists():
+            configure(sources, directory, *options)
+        _run(_tool("cmake"), "--build", str(directory), "--target", *targets, "--parallel", "2")
+
+
+def configure(sources: Path, directory: Path, *options: str) -> None:
+    """Write what is to be compiled, and how, into the directory."""
+    torch_directory = Path(torch.__file__).parent
+    _run(
+        _tool("cmake"),
+        f"-S{sources}",
+        f"-B{directory}",
+        "-GNinja",
+        f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}",
+        f"-DTORCH_INCLUDE_DIR={torch_directory / 'include'}",
+        f"-DTORCH_LIBRARY_DIR={torch_directory / 'lib'}",
+        *options,
+    )
+
+
+def module_options() -> tuple[str, ...]:
+    """What `configure` needs besides for the modules of the emulation."""
+    import pybind11  # needed to compile only: the tests of an installed wheel have no compiler either
+
+    return f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"
 
 
 def _tool(name: str) -> str:

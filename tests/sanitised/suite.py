@@ -1,28 +1,39 @@
-"""A small suite of both ops for `test_sanitised.py`, which runs it in a process with the sanitisers' runtime."""
+"""Both ops on a small set of cases, for a process in which AddressSanitizer and UndefinedBehaviorSanitizer watch."""
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import poisoned_memory, same_bits
+from helpers import NATIVE, poisoned_memory, same_bits, threads
 from helpers_attention import LAYOUTS, assert_solves, literal, make_problem, solve
 from helpers_loss import assert_solves_loss, literal_loss, make_loss_problem, solve_loss
 from helpers_pairwise import case_id, pairwise
 
 from attbalance_ext import AttBalanceConfig
+from attbalance_ext.kernels import ops
 from tests.emulation import build, emulated_cuda
+from tests.sanitised.exchange import LIBRARY
+from tests.sanitised.process import CONTROLS
 
-# A right kernel does the same in each.
-DEVICES: list[dict[str, Any]] = [
-    {},
-    {"block_order": "shuffled", "thread_order": "reversed", "shared_fill": 0},
-]
+
+def ways(backend: str, multiprocessors: int = 132) -> list[AbstractContextManager[Any]]:
+    """How to run a kernel, which gives the same bits in each way if it is right."""
+    if backend == "cpu":
+        return [threads(1), threads(4)]
+    other_order = emulated_cuda(
+        multiprocessors=multiprocessors, block_order="shuffled", thread_order="reversed", shared_fill=0
+    )
+    return [emulated_cuda(multiprocessors=multiprocessors), other_order]
+
 
 ATTENTION: dict[str, list[Any]] = {
     "dtype": [torch.float32, torch.bfloat16, torch.float16],
@@ -45,8 +56,9 @@ LOSS: dict[str, list[Any]] = {
 }
 
 
+@pytest.mark.parametrize("backend", NATIVE)
 @pytest.mark.parametrize("case", pairwise(ATTENTION), ids=case_id)
-def test_attention_terms(case: dict[str, Any]) -> None:
+def test_attention_terms(backend: str, case: dict[str, Any]) -> None:
     dtype = case["dtype"]
     problem = make_problem(
         layers=2,
@@ -60,21 +72,22 @@ def test_attention_terms(case: dict[str, Any]) -> None:
         padded=case["padded"],
     )
     found = []
-    for device in DEVICES:
-        with emulated_cuda(multiprocessors=case["multiprocessors"], **device), poisoned_memory():
-            found.append(solve(problem, "cuda"))
+    for way in ways(backend, case["multiprocessors"]):
+        with way, poisoned_memory():
+            found.append(solve(problem, backend))
     assert_solves(found[0], literal(problem))
     assert all(map(same_bits, found[0].tensors(), found[1].tensors()))
 
 
+@pytest.mark.parametrize("backend", NATIVE)
 @pytest.mark.parametrize("case", pairwise(LOSS), ids=case_id)
-def test_balanced_loss(case: dict[str, Any]) -> None:
+def test_balanced_loss(backend: str, case: dict[str, Any]) -> None:
     config = AttBalanceConfig(rho=case["rho"])
     problem = make_loss_problem(**{name: value for name, value in case.items() if name != "rho"})
     found = []
-    for device in DEVICES:
-        with emulated_cuda(**device), poisoned_memory():
-            found.append(solve_loss(problem, config, "cuda"))
+    for way in ways(backend):
+        with way, poisoned_memory():
+            found.append(solve_loss(problem, config, backend))
     assert_solves_loss(found[0], literal_loss(problem, config))
     assert all(map(same_bits, found[0].tensors(), found[1].tensors()))
 
@@ -96,6 +109,27 @@ def last_words(action: Callable[[], None]) -> str:
         said = stderr.read().decode()
     assert os.waitstatus_to_exitcode(status) != 0
     return said
+
+
+@pytest.mark.parametrize("backend", ["cpu"])  # named as above, to be picked with them
+def test_the_watched_library_is_the_one_that_runs(backend: str) -> None:
+    mapped = Path("/proc/self/maps").read_text()
+    assert os.environ[LIBRARY] in mapped
+    assert str(ops.CPU_LIBRARY) not in mapped
+
+
+@pytest.mark.parametrize("backend", ["cpu"])
+@pytest.mark.parametrize(
+    ("control", "right", "wrong", "finding"),
+    [
+        ("read_value", 8, 9, "heap-buffer-overflow"),
+        ("next_number", 2**31 - 2, 2**31 - 1, "signed integer overflow"),
+    ],
+)
+def test_errors_of_the_host_are_found(backend: str, control: str, right: int, wrong: int, finding: str) -> None:
+    call = getattr(ctypes.CDLL(os.environ[CONTROLS]), control)
+    call(right)
+    assert finding in last_words(lambda: call(wrong))
 
 
 def test_access_beyond_a_tensor_is_found() -> None:
