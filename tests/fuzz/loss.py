@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
-from helpers import excess, same_bits
+from helpers import BOUND, excess, same_bits
 from helpers_loss import LossProblem
 from torch import Tensor
 
@@ -257,7 +257,10 @@ def faults(call: Call, found: Found, reference: Found, truth: Truth) -> Iterator
             numbers = given.box.isfinite()  # autograd loses a NaN where a maximum takes the other side: left open
             expected_gradient = reference.gradients[name][..., numbers, :]
             wanted = Expected(expected_gradient.double(), size[..., numbers, :])
-            yield from value_faults("grad_pred", gradient[..., numbers, :], wanted, expected_gradient)
+            # It is rounded to a half type itself, maybe to the other neighbour.
+            half = BOUND[gradient.dtype] if gradient.dtype.itemsize == 2 else 0.0
+            rounding = half * wanted.value.abs().nan_to_num(0, 0, 0)
+            yield from value_faults("grad_pred", gradient[..., numbers, :], wanted, expected_gradient, rounding)
         else:
             wanted = truth.gradients[name].times(call.incoming)
             yield from value_faults(f"grad_{name}", gradient, wanted, reference.gradients[name])
@@ -265,8 +268,11 @@ def faults(call: Call, found: Found, reference: Found, truth: Truth) -> Iterator
             yield f"a second backward pass gives grad_{name} other bits"
 
 
-def value_faults(name: str, actual: Tensor, expected: Expected, given: Tensor) -> Iterator[str]:
-    """Not finite where the reference is not, and nowhere else; numbers as expected."""
+def value_faults(
+    name: str, actual: Tensor, expected: Expected, given: Tensor, noise: Tensor | float = 0.0
+) -> Iterator[str]:
+    """Not finite where the reference is not, and nowhere else; numbers as expected. ``noise``: what is expected may be
+    wrong by that itself."""
     if actual.dtype != given.dtype:
         yield f"{name} is {actual.dtype}"
         return
@@ -279,7 +285,7 @@ def value_faults(name: str, actual: Tensor, expected: Expected, given: Tensor) -
         torch.where(numbers, actual, 0),
         torch.where(numbers, expected.value.clamp(-most, most), 0.0),
         expected.natural,
-        torch.finfo(torch.float64 if actual.dtype == torch.float64 else torch.float32).tiny,
+        noise + torch.finfo(torch.float64 if actual.dtype == torch.float64 else torch.float32).tiny,
     )
     if not ratio <= 1:
         yield f"{name} is {ratio:.3g} times as wrong as allowed"
