@@ -57,8 +57,10 @@ class Mutation:
     def fingerprint(self, root: Path) -> str:
         """Another one where the entry, the edited file or a test file is another one."""
         digest = hashlib.sha256(repr(self).encode())
-        for path in (self.file, *self.suite.tests):
-            digest.update((root / path.split("::")[0]).read_bytes())
+        for name in (self.file, *self.suite.tests):
+            path = root / name.split("::")[0]
+            for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+                digest.update(file.read_bytes())
         return digest.hexdigest()
 
 
