@@ -2,8 +2,9 @@
 
     python tests/mutations/forks.py torch scipy.stats
 
-Reads lines of JSON, {"arguments": [...], "output": path}. Answers each with the child's process id, which is its
-group's too, and with its exit code when it has ended (negative: the signal).
+Reads lines of JSON, {"arguments": [...], "output": path, "limit": seconds}. Answers each with the child's process id,
+which is its group's too; and when it has ended with its exit code (negative: the signal; SIGXCPU: at the limit) and how
+many seconds of a processor's time it took.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import resource
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -28,13 +30,15 @@ def main() -> None:
         order = json.loads(line)
         child = os.fork()
         if not child:
-            _test(order["arguments"], Path(order["output"]))
+            _test(order["arguments"], Path(order["output"]), order["limit"])
         print(child, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        _, status, used = os.wait4(child, 0)
+        print(os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime, flush=True)
 
 
-def _test(arguments: list[str], output: Path) -> NoReturn:
+def _test(arguments: list[str], output: Path, limit: int) -> NoReturn:
     os.setsid()
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 60))
     nothing = os.open(os.devnull, os.O_RDONLY)
     written = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for descriptor, stream in ((nothing, 0), (written, 1), (written, 2)):

@@ -117,7 +117,7 @@ def _try_all(one: MutationList, mutations: Sequence[Mutation], tree: Tree, note:
     sound: dict[Suite, TestRun] = {}
     for mutation in mutations:
         if mutation.suite not in sound:  # before any edit: what is compiled is unedited, too
-            sound[mutation.suite] = tree.test(mutation.suite, limit=3600)
+            sound[mutation.suite] = tree.test(mutation.suite)
     for mutation in mutations:
         unedited = sound[mutation.suite]
         if not (unedited.passed and unedited.collected):
@@ -128,7 +128,7 @@ def _try_all(one: MutationList, mutations: Sequence[Mutation], tree: Tree, note:
                 if mutation.file.startswith("csrc/"):
                     assert one.builds is not None
                     tree.build(one.builds)
-                edited = tree.test(mutation.suite, limit=60 + 10 * unedited.seconds)
+                edited = tree.test(mutation.suite, limit=60 + round(10 * unedited.work))
         except WrongEntry as error:
             note(mutation, STALE, str(error))
         except BuildFailed as error:

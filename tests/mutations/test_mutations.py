@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutations.catalogue import Mutation, WrongEntry, load_lists
+from tests.mutations.catalogue import Mutation, Suite, WrongEntry, load_lists
 from tests.mutations.run import BROKEN, CAUGHT, STALE, SURVIVED, Results, run
+from tests.mutations.tree import Tree
 
 ROOT = Path(__file__).parents[2]
 LISTS = load_lists()
@@ -176,6 +177,16 @@ def test_a_survivor_is_said_and_only_what_was_caught_is_not_tried_again(checkout
     assert said[0] == "5 mutations, 0 of them caught before"  # other tests than before
     assert attempt() == {**expected, "unnoticed": CAUGHT}
     assert said[0] == "5 mutations, 2 of them caught before"
+
+
+def test_a_loop_without_end_is_told_by_its_work(checkout: Path, tmp_path: Path) -> None:
+    tree = Tree(checkout, tmp_path / "copy", imported=())
+    tree.update()
+    (tmp_path / "copy/code_under_test.py").write_text("while True:\n    pass\n")
+    found = tree.test(Suite(("test_it.py",)), limit=2)
+    tree.close()
+    assert (found.passed, found.collected) == (False, True)
+    assert found.said == "ended by SIGXCPU after 2 s of work"
 
 
 def test_entries_that_cannot_be_used(tmp_path: Path) -> None:

@@ -29,6 +29,9 @@ _LIBRARY = "attbalance_ext/kernels/lib/libattbalance_cpu.so"
 _KEPT = ("build", "attbalance_ext/kernels/lib")
 """What builds leave in the copy: it is what makes the next one short."""
 
+_NO_LIMIT = 100_000
+_LONGEST = 3600
+"""Seconds on the wall that a build or a run of tests may take; such a run has not caught anything."""
 
 _running: set[int] = set()
 """Process groups: what tests start ends with them."""
@@ -59,6 +62,9 @@ class TestRun:
     collected: bool
     """Whether there were tests that could be run at all."""
     seconds: float
+    """On the wall."""
+    work: float
+    """Seconds of a processor's time."""
     said: str
     """The first failure, or the last line."""
 
@@ -109,27 +115,30 @@ class Tree:
 
     def build(self, what: str) -> None:
         """Bring a library up to date with the copy's csrc/; ``BuildFailed`` where it does not compile."""
-        done = self._run(_BUILD[what], limit=3600)
+        done = self._run(_BUILD[what], limit=_LONGEST)
         if done.returncode:
             raise BuildFailed(done.stdout[-2000:])
 
-    def test(self, suite: Suite, limit: float) -> TestRun:
-        """Run tests up to the first failure, for at most ``limit`` seconds."""
+    def test(self, suite: Suite, limit: int = _NO_LIMIT) -> TestRun:
+        """Run tests up to the first failure, for at most ``limit`` seconds of a processor's time.
+
+        The clock on the wall would call a busy machine an endless loop.
+        """
         arguments = ["-x", "-q", "-p", "no:cacheprovider", *suite.tests]
         if suite.select:
             arguments += ["-k", suite.select]
         start = time.monotonic()
-        code, said = self._pytest(arguments, limit)
+        code, work, said = self._pytest(arguments, limit)
         seconds = time.monotonic() - start
-        if code is None:
-            return TestRun(False, True, seconds, f"no end after {limit:.0f} s")
         lines = said.strip().splitlines() or [""]
         failures = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
+        if code == -signal.SIGKILL:
+            return TestRun(False, False, seconds, work, f"no end after {seconds:.0f} s, and no work either")
         if code < 0:
-            failures = [f"ended by signal {-code}"]
+            failures = [f"ended by {signal.Signals(-code).name} after {work:.0f} s of work"]
         # 0 and 1 are pytest's for tests that ran, negative ones are crashes.
         ran = code < 0 or code == 1 or bool(re.search(r"\d+ passed", lines[-1]))
-        return TestRun(code == 0, ran, seconds, (failures or lines[-1:])[0])
+        return TestRun(code == 0, ran, seconds, work, (failures or lines[-1:])[0])
 
     def close(self) -> None:
         """End what runs its tests; the folder stays."""
@@ -138,8 +147,8 @@ class Tree:
             _running.discard(self._forks.pid)
             self._forks = None
 
-    def _pytest(self, arguments: list[str], limit: float) -> tuple[int | None, str]:
-        """Exit code and output; None: no end within ``limit`` seconds."""
+    def _pytest(self, arguments: list[str], limit: int) -> tuple[int, float, str]:
+        """Exit code (negative: a signal), seconds of a processor's time, output."""
         if self._forks is None:
             self._forks = subprocess.Popen(
                 [sys.executable, str(Path(__file__).with_name("forks.py")), *self.imported],
@@ -154,17 +163,17 @@ class Tree:
         assert self._forks.stdin is not None
         assert self._forks.stdout is not None
         output = self.folder.with_suffix(".txt")
-        self._forks.stdin.write(json.dumps({"arguments": arguments, "output": str(output)}) + "\n")
+        order = {"arguments": arguments, "output": str(output), "limit": limit}
+        self._forks.stdin.write(json.dumps(order) + "\n")
         self._forks.stdin.flush()
         child = int(self._forks.stdout.readline())
         _running.add(child)
-        timer = threading.Timer(limit, _end, [child])
-        timer.start()
-        code = int(self._forks.stdout.readline())
-        late = timer.finished.is_set()  # cancelling sets it too
-        timer.cancel()
+        waiting = threading.Timer(_LONGEST, _end, [child])
+        waiting.start()
+        code, work = self._forks.stdout.readline().split()
+        waiting.cancel()
         _running.discard(child)
-        return None if late else code, output.read_text(errors="replace")
+        return int(code), float(work), output.read_text(errors="replace")
 
     def _run(self, command: list[str], limit: float) -> subprocess.CompletedProcess[str]:
         with subprocess.Popen(
@@ -192,6 +201,7 @@ class Tree:
             **os.environ,
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
             "PYTHONPATH": str(self.folder),  # before an installed package of this name
+            "PYTEST_TIMEOUT": "0",  # of the clock on the wall, see `test`
             "ATTBALANCE_CPU": "1",
             "ATTBALANCE_CUDA": "0",
         }
