@@ -306,7 +306,8 @@ def _one_for_all(paddings: Sequence[Tensor | None], key: Tensor, visual: Tokens)
         return None if paddings[0] is None else _hidden(paddings[0], visual), None
     nowhere = torch.zeros(key.shape[:2], dtype=torch.bool, device=key.device)
     hidden = [nowhere if padding is None else _hidden(padding, visual) for padding in paddings]
-    if len({row.shape for row in hidden}) > 1:
+    tokens = hidden[-1].shape[1]
+    if any(row.shape[1] != tokens for row in hidden):  # in a set, sizes that are dynamic would become constants
         raise ValueError("the tapped layers have masks over different numbers of tokens: tap layers of one kind")
     differs = torch.stack([(row != hidden[-1]).any(1) for row in hidden])  # (L, B)
     if differs.device.type != "cpu" or torch.compiler.is_compiling():

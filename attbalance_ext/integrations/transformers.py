@@ -103,6 +103,7 @@ class TransformersTap(Recorder):
 
     @contextmanager
     def recording(self) -> Iterator[None]:
+        """Record the forward pass inside, as every tap does; what cannot be recorded is refused there."""
         with super().recording(), _listening(self._attend, self._modules):
             yield
 

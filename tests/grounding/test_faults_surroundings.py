@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -69,6 +70,8 @@ def test_names_of_folders_and_images(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the run, the data, the images, the cache and the page; also one that is no text in any encoding."""
+    # pytest's processes tell each other what is printed and logged, and only in UTF-8: nothing must be left of it.
+    monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)
     monkeypatch.setenv("ATTBALANCE_CACHE", str(tmp_path / name / "cache"))
     image = name if name.isprintable() else "image"  # JSON has nothing but text
     root = write_own_data(tmp_path / name / "data", [f"{image} {number}" for number in range(8)])
@@ -83,4 +86,4 @@ def test_names_of_folders_and_images(
     assert call("report", run, "--split", "val", "--out", page) == 0
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert call("data", "check", root, "--images") == 0
-    capsys.readouterr()  # pytest's processes tell each other what is left of it, and only in UTF-8
+    capsys.readouterr()
