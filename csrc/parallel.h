@@ -44,6 +44,19 @@ inline void set_float_settings([[maybe_unused]] uint64_t settings) {
 #endif
 }
 
+/// For as long as this lives, its thread computes with these settings; with its own again also after an
+/// exception.
+class WithFloatSettings {
+  public:
+    explicit WithFloatSettings(uint64_t settings) : own_(float_settings()) { set_float_settings(settings); }
+    ~WithFloatSettings() { set_float_settings(own_); }
+    WithFloatSettings(const WithFloatSettings&) = delete;
+    WithFloatSettings& operator=(const WithFloatSettings&) = delete;
+
+  private:
+    uint64_t own_;
+};
+
 /// What orders a loop: the caller's writes, then the pieces, then what the caller does next; pieces have no
 /// order among themselves. PyTorch and OpenMP are compiled without ThreadSanitizer, which has to be told.
 class LoopOrder {
@@ -76,10 +89,10 @@ void parallel_for(int64_t count, int64_t grain, const F& body) {
     // Unseen: what a piece is called with is read before it can say that it begins.
     const auto piece = [&](int64_t first, int64_t last) ATTBALANCE_UNSEEN {
         order.piece_begins();
-        const uint64_t own = float_settings();
-        set_float_settings(settings);
-        body(first, last);
-        set_float_settings(own);
+        {
+            const WithFloatSettings with(settings);
+            body(first, last);
+        }
         order.piece_ends();
     };
     torch::stable::parallel_for(0, count, grain, piece);
