@@ -152,14 +152,14 @@ def test_library_that_does_not_load_is_a_reason(tmp_path) -> None:
     assert "pip install --no-build-isolation" in problem.remedy
 
 
-@pytest.mark.parametrize("kept", [64, 100, 4096, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize("kept", [64, 100, 4096, 0.3, 0.6, 0.9, -1])
 def test_library_that_is_cut_short_is_a_reason(kept: float, tmp_path: Path) -> None:
     """To load it would end the process."""
     content = ops.CPU_LIBRARY.read_bytes()
     broken = tmp_path / "libattbalance_cpu.so"
     broken.write_bytes(content)
     assert not is_cut_short(broken)
-    size = kept if isinstance(kept, int) else int(kept * len(content))
+    size = int(kept * len(content)) if 0 < kept < 1 else kept % len(content)
     broken.write_bytes(content[:size])
     (problem,) = ops._load(broken)
     assert problem.reason == f"libattbalance_cpu.so is cut short, at {size} bytes"

@@ -6,7 +6,8 @@ import struct
 from pathlib import Path
 
 _ELF_64_LITTLE = b"\x7fELF\x02\x01"
-_HEADER = struct.Struct("<32x Q 14x HH 6x")  # where the segments' descriptions are, the size of one, how many
+# Where the descriptions of segments and of sections are; how long one is and how many there are, of each.
+_HEADER = struct.Struct("<32x QQ 6x HH HH 2x")
 _SEGMENT = struct.Struct("<8x Q 16x Q 16x")  # where a segment is in the file, how long
 
 
@@ -21,12 +22,13 @@ def is_cut_short(library: Path) -> bool:
         header = file.read(_HEADER.size)
         if not header.startswith(_ELF_64_LITTLE) or len(header) < _HEADER.size:
             return False
-        table, entry, count = _HEADER.unpack(header)
+        table, sections, entry, count, section_entry, section_count = _HEADER.unpack(header)
         if entry != _SEGMENT.size:
             return False
+        # Linkers write the sections' descriptions last, behind names and symbols that no segment holds.
+        if max(table + entry * count, sections + section_entry * section_count) > size:
+            return True
         file.seek(table)
         segments = file.read(entry * count)
-    if len(segments) < entry * count:
-        return True
     starts = range(0, entry * count, entry)
     return any(sum(_SEGMENT.unpack_from(segments, start)) > size for start in starts)
