@@ -6,14 +6,18 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
 import torch
 from torch import Tensor
+
+from attbalance_ext.kernels import choose
 
 # The backends that run on any machine, "cuda" on the emulated device (see conftest.py). A library that was not built is
 # a failure of the tests, not a reason to skip.
 BACKENDS = ("reference", "cpu", "cuda")
 NATIVE = ("cpu", "cuda")
 DOUBLE = ("reference", "cpu")  # those that take float64
+needs_triton = pytest.mark.skipif("cpu" not in choose.BACKENDS["triton"].devices, reason="Triton is not interpreted")
 
 # What a relative error may be. Low precision holds for gradients only: terms are always float32 or float64.
 BOUND = {torch.float32: 2e-5, torch.float64: 1e-9, torch.bfloat16: 4e-3, torch.float16: 1e-3}

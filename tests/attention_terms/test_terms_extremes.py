@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from helpers import BACKENDS, DOUBLE, NATIVE
+from helpers import BACKENDS, DOUBLE, NATIVE, needs_triton
 from helpers_attention import Problem, Truth, assert_solves, make_problem, solve
 from helpers_exact import exact, extreme_problem
 
@@ -93,13 +93,39 @@ def test_teacher_mass_that_underflows(backend: str) -> None:
     torch.testing.assert_close(solution.grad_key[0][0, :, 0], expected)
 
 
-def one_channel(scores: torch.Tensor, weights: torch.Tensor, teacher: torch.Tensor) -> Problem:
-    """L = B = D = 1 with the scores given."""
-    problem = extreme_problem([0.5], 0.0, torch.float32, tokens=scores.shape[1], width=1)
-    problem.query, problem.key, problem.scale = [torch.ones(1, 1)], [scores[..., None]], [1.0]
+def one_channel(
+    products: torch.Tensor, weights: torch.Tensor, teacher: torch.Tensor, scale: tuple[float, float] = (1.0, 1.0)
+) -> Problem:
+    """L = B = D = 1 with the products q . k and the scales of student and teacher given."""
+    problem = extreme_problem([0.5], 0.0, torch.float32, tokens=products.shape[1], width=1)
+    problem.query, problem.key, problem.scale = [torch.ones(1, 1)], [products[..., None]], [scale[0]]
     problem.region = weights
-    problem.teacher = type(problem.teacher)(torch.ones(1, 1), teacher[..., None], 1.0)
+    problem.teacher = type(problem.teacher)(torch.ones(1, 1), teacher[..., None], scale[1])
     return problem
+
+
+# Products without rounding, and weights, for what the native kernels do after them.
+PRODUCTS, WEIGHTS = torch.arange(12.0)[None] * 5 % 7, torch.tensor([[1.0, 1, 1, 0.5, *[0] * 8]])
+FUSED = [*NATIVE, pytest.param("triton", marks=needs_triton)]
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_scaling_rounds_no_score(backend: str) -> None:
+    """Of scores of 1e4, float32 keeps 3 digits of what tells them apart."""
+    problem = one_channel(60_000 + PRODUCTS, WEIGHTS, 60_000 + PRODUCTS.flip(1), (0.1777, 0.1777))
+    terms, truth = solve(problem, backend).terms, exact(problem).terms
+    for found, expected in zip(terms[:3], truth[:3], strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+    rounded = (problem.key[0] * 0.1777)[..., 0].softmax(-1)
+    assert ((rounded * WEIGHTS).sum() / truth.in_box - 1).abs() > 1e-5  # else this proves nothing
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_kl_to_a_teacher_whose_scale_alone_is_another(backend: str) -> None:
+    """log p and log t differ by less than either is rounded by."""
+    problem = one_channel(PRODUCTS, WEIGHTS, PRODUCTS, (0.5777, 0.5777 * (1 + 1e-6)))
+    mrc = solve(problem, backend).terms.mrc.double()
+    torch.testing.assert_close(mrc, exact(problem).terms.mrc, rtol=5e-3, atol=0)
 
 
 @pytest.mark.parametrize("backend", NATIVE)

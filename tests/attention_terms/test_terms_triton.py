@@ -9,16 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import poisoned_memory, same_bits
+from helpers import needs_triton, poisoned_memory, same_bits
 from helpers_attention import LAYOUTS, Problem, arrange, assert_solves, literal, make_problem, problem_of, solve
 from helpers_exact import exact, extreme_problem
 from helpers_pairwise import case_id, pairwise
 
 from attbalance_ext import BoxRegion, QueryAttention, attention_terms
-from attbalance_ext.kernels.choose import BACKENDS
 from tests.emulation import guarded
 
-pytestmark = pytest.mark.skipif("cpu" not in BACKENDS["triton"].devices, reason="Triton is not interpreted")
+pytestmark = needs_triton
 plans = pytest.importorskip("attbalance_ext.kernels.attention_terms.triton", reason="Triton is not installed")
 forward_plan, backward_blocks, MAX_LAYERS = plans.forward_plan, plans.backward_blocks, plans.MAX_LAYERS
 

@@ -7,14 +7,13 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from helpers import poisoned_memory, same_bits
+from helpers import needs_triton, poisoned_memory, same_bits
 from helpers_loss import LossProblem, assert_solves_loss, literal_loss, literal_rho, make_loss_problem, solve_loss
 
 from attbalance_ext import AttBalanceConfig, AttBalanceLoss
-from attbalance_ext.kernels.choose import BACKENDS
 from tests.emulation import guarded
 
-pytestmark = pytest.mark.skipif("cpu" not in BACKENDS["triton"].devices, reason="Triton is not interpreted")
+pytestmark = needs_triton
 
 NAN, INF = float("nan"), float("inf")
 CONFIGS = [

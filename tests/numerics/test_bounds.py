@@ -7,13 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import BACKENDS, DOUBLE, same_bits, threads
+from helpers import BACKENDS, DOUBLE, needs_triton, same_bits, threads
 from helpers_attention import Problem, solve
 from helpers_loss import make_loss_problem, solve_loss
 from torch import Tensor
 
 from attbalance_ext import AttBalanceConfig, QueryAttention
-from attbalance_ext.kernels.choose import BACKENDS as CHOICES
 from tests.numerics import measure, stress
 from tests.numerics.bounds import ATTENTION, attention_bounds
 
@@ -25,7 +24,6 @@ INTERPRETED = [("triton", F32, name) for name in stress.ATTENTION] + [
     ("triton", dtype, name) for dtype in (BF16, F16) for name in LOW
 ]
 EVERY = (*BACKENDS, "triton")
-needs_triton = pytest.mark.skipif("cpu" not in CHOICES["triton"].devices, reason="Triton is not interpreted")
 
 
 def marked(case: tuple[object, ...]) -> object:
