@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BROKEN = """
 from types import SimpleNamespace
 from scripts.check_cuda import Kernel
-from scripts.check_triton import Compiled, problems
+from scripts.check_triton import AMD, Compiled, amd_local, problems
 compiled = Compiled("a variant", 90, SimpleNamespace(), wide=True)
 for kernel in (
     Kernel(90, "attend", local=8, loads={128: 1}),
@@ -26,6 +26,8 @@ for kernel in (
     Kernel(90, "finish"),
 ):
     print(*problems(compiled, kernel), sep="|")
+assembly = "  .sgpr_spill_count: 25\\n  .private_segment_fixed_size: 64\\n"
+print(amd_local(Compiled("a variant", AMD, SimpleNamespace(asm={"amdgcn": assembly}), wide=False)))
 """
 
 
@@ -45,8 +47,9 @@ def test_kernels_compile_without_spills(tmp_path: Path) -> None:
 def test_what_breaks_a_rule_is_seen(tmp_path: Path) -> None:
     done = python("-c", BROKEN, cache=tmp_path)
     assert done.returncode == 0, done.stderr
-    spill, load, store, good, other = done.stdout.split("\n")[:5]
+    spill, load, store, good, other, amd = done.stdout.split("\n")[:6]
     assert "8 bytes of local memory" in spill
     assert "widest load is 64 bits" in load
     assert "widest store is 32 bits" in store
     assert good == other == ""
+    assert amd == "64"

@@ -30,6 +30,8 @@ FORMAT = 2
 
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 """What a file system says that has no hard links."""
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
+"""What it says where it has no locks."""
 
 
 def save_checkpoint(path: Path, state: dict[str, Any], *, keep: Path | None = None) -> None:
@@ -120,19 +122,36 @@ def exclusive(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Be the only process inside for ``path``, which need not exist; gives True.
 
     ``wait``: until the others are out. Otherwise, where another is inside, the block runs all the same and is told
-    False. A process that dies leaves, whatever it died of. Windows has no such lock: there everybody is alone.
+    False. A process that dies leaves, whatever it died of. Windows and some file systems of clusters have no such lock:
+    there everybody is alone.
+
+    Raises:
+        NotWritten: the folder takes no file.
     """
     if sys.platform == "win32":
         yield True
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.lock"), "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+    with _lock_file(path) as file:
+        yield _locked(file, wait)
+
+
+def _lock_file(path: Path) -> IO[str]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path.with_name(f".{path.name}.lock"), "w")
+    except OSError as error:
+        raise NotWritten(f"{path} cannot be written: {_why(error, path.parent, None)}") from error
+
+
+def _locked(file: IO[str], wait: bool) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    return True
 
 
 def remove_unfinished(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -12,17 +11,19 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from attbalance_ext.grounding.console import messages
+
 
 def progress_bars(*, show: bool = True) -> Progress:
     """Bars with a name, a count, the time gone and left, and a free ``note``; on stderr: results can be piped."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=Console(stderr=True),
+        TextColumn("{task.fields[note]}", markup=False),
+        console=messages(),
         disable=not show,
     )

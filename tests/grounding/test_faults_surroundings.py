@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers_command import Command, assert_same_end, call
-from helpers_faults import OPTIONS, write_own_data
+from helpers_faults import OPTIONS, without_override, write_own_data
 
 pytestmark = pytest.mark.usefixtures("few_scenes")
 
@@ -62,7 +62,14 @@ def test_a_locale_with_decimal_commas(whole_run: Path, tmp_path: Path, cache: Pa
     assert_same_end(run, whole_run)
 
 
-NAMES = ["with space", "größer 数据 の", 'it\'s $HOME & "more"', os.fsdecode(b"no text \xff")]
+NAMES = [
+    "with space",
+    "[b=1] :cat:",
+    "closed[/b]",
+    "größer 数据 の",
+    'it\'s $HOME & "more"',
+    os.fsdecode(b"no text \xff"),
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -73,11 +80,13 @@ def test_names_of_folders_and_images(
     # pytest's processes tell each other what is printed and logged, and only in UTF-8: nothing must be left of it.
     monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)
     monkeypatch.setenv("ATTBALANCE_CACHE", str(tmp_path / name / "cache"))
-    image = name if name.isprintable() else "image"  # JSON has nothing but text
+    image = name.replace("/", ":") if name.isprintable() else "image"  # JSON has nothing but text
     root = write_own_data(tmp_path / name / "data", [f"{image} {number}" for number in range(8)])
     run, page = tmp_path / name / "run", tmp_path / name / "page.html"
     options = ["--steps", "2", "--batch-size", "4", "--pretrain-steps", "0", "--validate-every", "1"]
     assert call("train", "--data", "own", "--data-root", root, "--out", run, *options) == 0
+    printed = str(run / "best.pt").encode(errors="backslashreplace").decode()
+    assert f", in {printed}\n" in capsys.readouterr().err
     assert call("train", "--resume", run) == 0
     capsys.readouterr()
     assert call("eval", run, "--split", "val", "--json") == 0
@@ -87,3 +96,64 @@ def test_names_of_folders_and_images(
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert call("data", "check", root, "--images") == 0
     capsys.readouterr()
+
+
+def test_no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As of a container's user that the system does not know."""
+
+    def fail() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", fail)
+    monkeypatch.delenv("ATTBALANCE_CACHE", raising=False)
+    assert call("train", "--out", tmp_path / "run", *OPTIONS) == 2
+    assert "has no home: give a folder by --cache or ATTBALANCE_CACHE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cache", ["/dev/null", "/proc/nothing", "file"])
+def test_a_cache_that_takes_no_files(cache: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert call("train", "--out", tmp_path / "run", *OPTIONS, "--cache", tmp_path / cache) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith(f"attbalance: {tmp_path / cache}")
+    assert said.endswith(": give a folder by --cache or ATTBALANCE_CACHE\n")
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "--out", LONG, *OPTIONS],
+        ["train", "--resume", LONG],
+        ["train", "--data", "own", "--data-root", LONG, *OPTIONS],
+        ["eval", LONG],
+        ["data", "check", LONG],
+        ["report", LONG],
+    ],
+    ids=lambda command: " ".join(command)[:20],
+)
+def test_a_name_that_is_too_long(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(*command) in (1, 2)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert LONG in said
+    assert said.endswith("File name too long\n")
+
+
+def test_a_run_that_may_not_be_entered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    locked = tmp_path / "run"
+    locked.mkdir()
+    locked.chmod(0)
+    try:
+        with without_override():
+            for command in (["train", "--resume", locked], ["train", "--out", locked, *OPTIONS], ["eval", locked]):
+                assert call(*command) == 1
+                said = capsys.readouterr().err
+                assert said.startswith(f"attbalance: {locked}/")
+                assert said.endswith(": Permission denied\n")
+                assert said.count("\n") == 1
+    finally:
+        locked.chmod(0o700)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import pickle
@@ -210,3 +211,16 @@ def test_where_there_are_no_locks_files_still_work(tmp_path: Path, monkeypatch: 
     with module["exclusive"](tmp_path / "x", wait=False) as alone:
         assert alone
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_where_there_are_no_locks_everybody_is_alone(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    for wait in (True, False):
+        with exclusive(tmp_path / "x", wait=wait) as alone:
+            assert alone

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 
 import typer
@@ -34,9 +35,13 @@ def run() -> int:
         return _complain(error, 2)
     except (TrainingFailed, NotWritten) as error:
         return _complain(error, 1)
+    except OSError as error:
+        if error.filename is None:
+            raise  # nothing that a user could look at
+        return _complain(f"{os.fspath(error.filename)}: {error.strerror}", 1)
     return 0
 
 
-def _complain(error: Exception, code: int) -> int:
+def _complain(error: Exception | str, code: int) -> int:
     print(f"attbalance: {' '.join(str(error).split())}", file=sys.stderr)
     return code

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from attbalance_ext.grounding.commands.train import CacheOption
+from attbalance_ext.grounding.console import messages, output
 from attbalance_ext.grounding.evaluate import Evaluation, evaluate
 from attbalance_ext.grounding.experiment.findings import findings
 from attbalance_ext.grounding.experiment.spec import load_spec
@@ -53,7 +53,7 @@ def evaluate_run(
     table.add_row("mean IoU", f"{metrics['miou']:.3f}")
     table.add_row("in-box attention per layer", "  ".join(f"{value:.2f}" for value in metrics["in_box"]))
     table.add_row("rho per layer", "  ".join(f"{value:+.2f}" for value in metrics["rho"]))
-    Console().print(table)
+    output().print(table)
 
 
 def report(
@@ -111,7 +111,7 @@ def report(
         per_group=examples,
         seed=seed,
     )
-    Console(stderr=True).print(f"wrote {out}", soft_wrap=True, highlight=False)
+    messages().print(f"wrote {out}", soft_wrap=True)
 
 
 def _evaluate(run: Run, split: str, cache: Path | None) -> Evaluation:

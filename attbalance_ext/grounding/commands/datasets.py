@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from attbalance_ext.grounding.commands.train import CacheOption
+from attbalance_ext.grounding.console import output
 from attbalance_ext.grounding.data import FORMATS, SPLITS, card, export
 from attbalance_ext.grounding.data.benchmarks import BENCHMARKS
 from attbalance_ext.grounding.data.check import Found, check
@@ -70,7 +70,7 @@ def show_card(
         ),
     ):
         table.add_row(name_of_row, *values)
-    Console().print(table)
+    output().print(table)
 
 
 @data.command("export")

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from attbalance_ext.grounding.commands.train import CacheOption
+from attbalance_ext.grounding.console import messages, output
 from attbalance_ext.grounding.demo import run_demo
 from attbalance_ext.grounding.fit import Interrupted
 from attbalance_ext.grounding.report.summary import Summary
@@ -37,15 +37,15 @@ def demo(
 
     Both runs have the same initial weights, data order and steps. An interrupted demo goes on where it stopped.
     """
-    console = Console(stderr=True)
+    console = messages()
     settings = Settings(data=data, steps=steps, pretrain_steps=pretrain_steps, seed=seed)
     try:
         summaries = run_demo(settings, out, versions=environment(), cache=cache)
     except Interrupted as stop:
-        console.print(f"stopped; both checkpoints are in {out}; the same command goes on from there", highlight=False)
+        console.print(f"stopped; both checkpoints are in {out}; the same command goes on from there")
         raise typer.Exit(stop.exit_code) from None
-    Console().print(_table(summaries, settings))
-    console.print(f"report: {out / 'report.html'}", soft_wrap=True, highlight=False)
+    output().print(_table(summaries, settings))
+    console.print(f"report: {out / 'report.html'}", soft_wrap=True)
 
 
 def _table(summaries: list[Summary], settings: Settings) -> Table:

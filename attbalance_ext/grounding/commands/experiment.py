@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from attbalance_ext.grounding.commands.train import CacheOption
+from attbalance_ext.grounding.console import messages, output
 from attbalance_ext.grounding.experiment.grid import Outcome, Places, default_jobs, run_grid
 from attbalance_ext.grounding.experiment.spec import Cell, load_spec
 from attbalance_ext.info import environment
@@ -48,10 +49,10 @@ def experiment(
     cells = study.chosen(models=model or (), data=data or (), variants=variant or (), seeds=seed or ())
     places = Places(records or spec.parent / "records", runs, cache)
     left = places.left(cells)
-    console = Console(stderr=True)
+    console = messages()
     if dry_run:
-        Console().print(_status(cells, places))
-    console.print(f"{study.title}: {len(cells)} cells, {len(left)} runs left to do", highlight=False)
+        output().print(_status(cells, places))
+    console.print(f"{study.title}: {len(cells)} cells, {len(left)} runs left to do")
     if dry_run or not left:
         return
     outcome = run_grid(
@@ -81,8 +82,8 @@ def _status(cells: list[Cell], places: Places) -> Table:
 
 
 def _report(outcome: Outcome, console: Console) -> None:
-    console.print(f"{len(outcome.finished)} runs finished", highlight=False)
+    console.print(f"{len(outcome.finished)} runs finished")
     for cell in outcome.busy:
-        console.print(f"another process is at {cell.name}", highlight=False)
+        console.print(f"another process is at {cell.name}")
     for name, message in outcome.failed.items():
-        console.print(f"failed: {name}: {message}", highlight=False, soft_wrap=True)
+        console.print(f"failed: {name}: {message}", soft_wrap=True)

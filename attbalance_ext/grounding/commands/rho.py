@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from attbalance_ext.grounding.commands.analyse import DeviceOption
 from attbalance_ext.grounding.commands.train import CacheOption
+from attbalance_ext.grounding.console import messages, output
 from attbalance_ext.grounding.files import write_json
 from attbalance_ext.grounding.runs import load_run
 from attbalance_ext.info import environment
@@ -60,7 +60,7 @@ def rho(
     if out is not None:
         require_matplotlib()
     loaded = [load_run(run, device=device) for run in runs]
-    console = Console()
+    console = output()
     results = []
     for result in correlate(loaded, split or ["test"], samples=samples, resamples=resamples, seed=seed, cache=cache):
         results.append(result)
@@ -73,12 +73,11 @@ def rho(
         console.print(
             "n: sentences behind the row. p: of no correlation. in box: mean attention inside the true box of the "
             "supervised map; used: of the attention that the network itself uses, words included.",
-            highlight=False,
         )
     if out is not None:
         write_json(out / "rho.json", document)
         write_plot(results, out / "rho.svg", resamples=resamples)
-        Console(stderr=True).print(f"wrote {out / 'rho.json'} and {out / 'rho.svg'}", soft_wrap=True, highlight=False)
+        messages().print(f"wrote {out / 'rho.json'} and {out / 'rho.svg'}", soft_wrap=True)
 
 
 def _table(result: RunRho) -> Table:

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from attbalance_ext import AttBalanceConfig
+from attbalance_ext.grounding.console import messages
 from attbalance_ext.grounding.distributed import ranks_of_this_run
 from attbalance_ext.grounding.errors import UserError
 from attbalance_ext.grounding.fit import Interrupted, fit
@@ -272,7 +273,7 @@ def train(
 
       attbalance report runs/plain runs/full --out report.html
     """
-    console = Console(stderr=True)
+    console = messages()
     given = _given(context)
     with ranks_of_this_run() as ranks:
         if resume is not None:
@@ -317,7 +318,6 @@ def _train(trainer: Trainer, console: Console) -> None:
                 f"stopped at step {trainer.step}; checkpoint: {directory / LAST}; "
                 f"continue with: attbalance train --resume {shlex.quote(str(directory))}",
                 soft_wrap=True,
-                highlight=False,
             )
         raise typer.Exit(stop.exit_code) from None
     if not trainer.ranks.main:
@@ -327,19 +327,15 @@ def _train(trainer: Trainer, console: Console) -> None:
         f"done at step {trainer.step}{early}: best validation accuracy {100 * trainer.best_accuracy:.1f} % "
         f"at step {trainer.best_step}, in {directory / BEST}",
         soft_wrap=True,
-        highlight=False,
     )
     if skipped := _skipped(trainer):
-        console.print(
-            f"{skipped} steps were left out, their loss or gradient was not finite", soft_wrap=True, highlight=False
-        )
+        console.print(f"{skipped} steps were left out, their loss or gradient was not finite", soft_wrap=True)
     last, validated = trainer.log.history["train"][-1], trainer.log.history["validation"][-1]
     console.print(
         f"loss {last['loss']:.4f}; attention in the box by layer: "
         f"{' '.join(f'{value:.2f}' for value in validated['in_box'])}; "
         f"peak memory {peak_memory(trainer.device) / 2**30:.2f} GiB",
         soft_wrap=True,
-        highlight=False,
     )
 
 

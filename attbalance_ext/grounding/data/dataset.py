@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image
-from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from ..console import messages
 from .annotations import Box
 from .attributes import VALUES
 from .cache import cache_directory, load_or_create
@@ -150,7 +150,7 @@ def load_arrays(
             generate(name, split, size, scenes),
             description=f"Generating {name} {split}",
             total=scenes,
-            console=Console(stderr=True),
+            console=messages(),
             disable=not progress,
         )
         return gather(list(parts))

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
 from rich.progress import track
 
+from ...console import messages
 from ...files import replace_file
 from ..dataset import pixel_corners, sentences_of
 from ..generate import Arrays
@@ -59,7 +59,7 @@ class SplitView:
         images = track(
             self.arrays["images"].transpose(0, 2, 3, 1),
             description=f"Writing {self.name} {self.split}",
-            console=Console(stderr=True),
+            console=messages(),
             disable=not progress,
         )
         for scene, pixels in enumerate(images):
