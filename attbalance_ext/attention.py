@@ -13,6 +13,7 @@ from torch import Tensor
 from attbalance_ext.kernels.attention_terms import reference
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_LARGEST_SCALE = torch.finfo(torch.float32).max
 
 
 def require_floating(name: str, tensor: Tensor) -> None:
@@ -41,7 +42,8 @@ class QueryAttention:
 
     Raises:
         TypeError: a tensor is not floating (``padding``: not bool), or is not a tensor.
-        ValueError: wrong rank or shape, layers that do not share B, N and D, or a mix of devices.
+        ValueError: wrong rank or shape, layers that do not share B, N and D, a mix of devices, or a scale that is not
+            finite in float32.
     """
 
     query: tuple[Tensor, ...]
@@ -190,10 +192,15 @@ def _layers(name: str, tensors: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]
 def _scales(scale: float | Sequence[float], layers: int) -> tuple[float, ...]:
     try:
         if isinstance(scale, Sequence):
-            return tuple(float(factor) for factor in scale)
-        return (float(scale),) * layers  # whatever counts as a number, NumPy's included
-    except (TypeError, ValueError, RuntimeError):
+            factors = tuple(float(factor) for factor in scale)
+        else:
+            factors = (float(scale),) * layers  # whatever counts as a number, NumPy's included
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise TypeError(f"scale must be a number or a sequence of L numbers, got {scale!r}") from None
+    # Some kernels multiply with it in float32, others in float64: beyond this they would differ.
+    if not all(abs(factor) <= _LARGEST_SCALE for factor in factors):
+        raise ValueError(f"scale must be finite in float32, got {scale!r}")
+    return factors
 
 
 def _check_layers(queries: Sequence[Tensor], keys: Sequence[Tensor]) -> None:

@@ -29,6 +29,8 @@ ATTENTIONS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "no key": (lambda: QueryAttention(query(), None, 1), TypeError, "key must be a tensor or a sequence.*NoneType"),
     "no scale": (lambda: QueryAttention(query(), key(), None), TypeError, "scale must be a number.*None"),
     "scale is text": (lambda: QueryAttention(query(), key(), "1/8"), TypeError, "scale must be a number.*1/8"),
+    "scale is NaN": (lambda: QueryAttention(query(), key(), float("nan")), ValueError, "scale.*finite.*nan"),
+    "scale beyond float32": (lambda: QueryAttention(query(), key(), [1e39]), ValueError, r"scale.*finite.*1e\+39"),
     "scale is a tensor of two": (lambda: QueryAttention(query(), key(), torch.ones(2)), TypeError, "scale must be"),
     "query of integers": (lambda: QueryAttention(query(dtype=torch.int64), key(), 1), TypeError, r"query\[0\].*int64"),
     "key of bool": (lambda: QueryAttention(query(), key(dtype=torch.bool), 1), TypeError, r"key\[0\].*bool"),
