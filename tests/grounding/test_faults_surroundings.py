@@ -143,17 +143,31 @@ def test_a_name_that_is_too_long(command: list[str], capsys: pytest.CaptureFixtu
     assert said.endswith("File name too long\n")
 
 
-def test_a_run_that_may_not_be_entered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    locked = tmp_path / "run"
-    locked.mkdir()
-    locked.chmod(0)
+@pytest.mark.parametrize("permissions", [0o000, 0o311])
+@pytest.mark.parametrize(
+    ("kind", "command"),
+    [
+        ("run", ["train", *OPTIONS, "--out"]),
+        ("run", ["train", "--resume"]),
+        ("run", ["eval"]),
+        ("data", ["data", "check"]),
+        ("data", ["train", "--data", "own", "--data-root"]),
+    ],
+)
+def test_a_folder_that_may_not_be_looked_into(
+    kind: str, command: list[str], permissions: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if kind == "run" and permissions:
+        pytest.skip("nothing is looked for in a run whose name is not known")
+    locked = tmp_path / kind
+    write_own_data(locked, [f"{number}.jpg" for number in range(8)])
+    locked.chmod(permissions)
     try:
         with without_override():
-            for command in (["train", "--resume", locked], ["train", "--out", locked, *OPTIONS], ["eval", locked]):
-                assert call(*command) == 1
-                said = capsys.readouterr().err
-                assert said.startswith(f"attbalance: {locked}/")
-                assert said.endswith(": Permission denied\n")
-                assert said.count("\n") == 1
+            assert call(*command, locked) == 1
     finally:
         locked.chmod(0o700)
+    said = capsys.readouterr().err
+    assert said.startswith(f"attbalance: {locked}")
+    assert said.endswith(": Permission denied\n")
+    assert said.count("\n") == 1

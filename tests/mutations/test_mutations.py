@@ -186,7 +186,8 @@ def test_a_loop_without_end_is_told_by_its_work(checkout: Path, tmp_path: Path) 
     found = tree.test(Suite(("test_it.py",)), limit=2)
     tree.close()
     assert (found.passed, found.collected) == (False, True)
-    assert found.said == "ended by SIGXCPU after 2 s of work"
+    # The system's two clocks of work, the limit's and the account's, need not agree.
+    assert re.fullmatch(r"ended by SIGXCPU after [123] s of work", found.said)
 
 
 def test_entries_that_cannot_be_used(tmp_path: Path) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from functools import cached_property
-from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,13 @@ from .source import Source
 
 _PLAIN = "jsonl"
 """The name of a folder's only data set, whose files carry no name."""
+
+
+def _stems(root: Path) -> list[str]:
+    """What the files' names are without their ending. (`glob` finds nothing in a folder that may not be read.)"""
+    if not root.is_dir():
+        return []
+    return sorted(name.removesuffix(".jsonl") for name in os.listdir(root) if name.endswith(".jsonl"))
 
 
 class JsonLines(Source):
@@ -36,14 +43,11 @@ class JsonLines(Source):
     @staticmethod
     def names_under(root: Path) -> list[str]:
         """The names of the data sets in ``root``; "jsonl" is that of files without one."""
-        stems = sorted(path.name.removesuffix(".jsonl") for path in root.glob("*.jsonl"))
-        return list(dict.fromkeys(stem.rpartition(".")[0] or _PLAIN for stem in stems))
+        return list(dict.fromkeys(stem.rpartition(".")[0] or _PLAIN for stem in _stems(root)))
 
     def splits(self) -> list[str]:
-        found = {
-            path.name[len(self._prefix) : -len(".jsonl")] for path in self.root.glob(f"{escape(self._prefix)}*.jsonl")
-        }
-        found = {split for split in found if "." not in split}
+        stems = (stem for stem in _stems(self.root) if stem.startswith(self._prefix))
+        found = {split for stem in stems if "." not in (split := stem.removeprefix(self._prefix))}
         usual = [split for split in ("train", "val", "test", "testA", "testB", "trainval") if split in found]
         return usual + sorted(found - set(usual))
 
@@ -53,8 +57,9 @@ class JsonLines(Source):
     @cached_property
     def _prefix(self) -> str:
         """What the files' names begin with: the data set's name, or nothing where no file bears it."""
+        stems = _stems(self.root)
         prefixes = (f"{name}." for name in self._names)
-        return next((prefix for prefix in prefixes if any(self.root.glob(f"{escape(prefix)}*.jsonl"))), "")
+        return next((prefix for prefix in prefixes if any(stem.startswith(prefix) for stem in stems)), "")
 
     def read(self, split: str) -> list[Annotation]:
         path = self.expected(split)
