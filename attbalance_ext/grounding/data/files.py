@@ -62,12 +62,17 @@ class FileDataset:
     def part(self, share: float) -> FileDataset:
         """About a ``share`` of the pictures with all their sentences, chosen by the images' names, so that larger parts
         hold smaller."""
-        kept = [a for a in self.annotations if crc32(a.image.name.encode()) < share * 2**32]
+        kept = [a for a in self.annotations if _number(a.image.name) < share * 2**32]
         return FileDataset(self.name, self.split, kept, self.wrong_boxes)
 
     def picture_key(self, index: int) -> Path:
         """Sentences about one picture share it."""
         return self.annotations[index].image
+
+
+def _number(name: str) -> int:
+    """Of 32 bits, the same on every machine. Bytes of a name that are no text are surrogates in Python."""
+    return crc32(name.encode(errors="surrogatepass"))
 
 
 def _place(annotation: Annotation) -> tuple[str, Box, str, str]:
