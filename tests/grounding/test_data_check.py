@@ -118,6 +118,31 @@ def test_damaged_files_are_told_and_the_rest_is_read(tmp_path: Path, check: Any)
     assert f"missing: {tmp_path / 'refcoco/refs(unc).p'} is damaged" in check(tmp_path)[1]
 
 
+def test_images_of_another_size_are_found_by_decoding(tmp_path: Path, check: Any) -> None:
+    """Each annotation has a size of its own, also of one image in two splits."""
+    write_image(tmp_path / "a.png", (64, 48))
+    write_image(tmp_path / "b.png", (48, 64))
+    sizes: dict[str, list[dict[str, int]]] = {
+        "train": [{"width": 64, "height": 48}, {"width": 48, "height": 64}],
+        "val": [{"width": 64, "height": 48}, {}],
+        "test": [{"width": 48, "height": 64}, {"width": 48, "height": 64}],
+    }
+    for split, (a, b) in sizes.items():
+        rows = [{"image": "a.png", **a}, {"image": "b.png", **b}, {"image": "a.png", "width": 64, "height": 48}]
+        write_lines(tmp_path / f"{split}.jsonl", [{"sentence": "x", "bbox": [1, 1, 5, 5], **row} for row in rows])
+    assert check(tmp_path)[0] == 0
+    code, text, report = check(tmp_path, "--images")
+    assert code == 1
+    splits = report["found"][0]["splits"]
+    assert {split: splits[split]["resized"] for split in sizes} == {
+        "train": [],
+        "val": [],
+        "test": [str(tmp_path / "a.png")],
+    }
+    says = f"missing: test: 1 of 2 images are of another size than annotated: {tmp_path / 'a.png'}"
+    assert [line.strip() for line in text.splitlines() if "another size" in line] == [says]
+
+
 def test_damaged_images_are_found_by_decoding(tmp_path: Path, check: Any) -> None:
     Image.effect_noise((64, 48), 50).save(tmp_path / "a.jpg")
     (tmp_path / "b.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:-500])

@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import struct
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -156,6 +157,7 @@ def test_a_hostile_file_runs_nothing(tmp_path: Path, kind: str, container: str) 
         (b"\x80\x04\x8c\x05numpy\x8c\x11f2py.crackfortran\x93.", r"asks for 'numpy\.f2py\.crackfortran'"),
         (b"\x80\x02cnumpy\nndarray\n)\x81.", "makes an object"),  # NEWOBJ
         (b"\x80\x02P1\n.", "kept outside"),
+        (b"\x80\x05\x96\x00\x00\x00\x01\x00\x00\x00\x00.", "makes an object"),  # a bytearray of 16 MiB
         (b"\x80\x02\x82\x01.", "makes an object"),  # an extension
         (b"c_codecs\nencode\n}S'__defaults__'\n(I1\ntsb.", "sets the state"),  # of the reader's own function
         (b"\x80\x02cnumpy\nndarray\nN}X\x0c\x00\x00\x00__setstate__K\x01s\x86b.", "sets the state"),
@@ -175,6 +177,7 @@ def test_handmade_programs(tmp_path: Path, content: bytes, reason: str) -> None:
         b"\x80\x04\x8d\xff\xff\xff\xff\xff\xff\xff\x7f.",  # a string of 2 ** 63 bytes
         b"\x80\x02r\xff\xff\xff\x7f.",  # place 2 ** 31 in the memo, of nothing
         b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f.",  # a frame of 2 ** 63 bytes
+        b"\x80\x02cnumpy\ndtype\n](" + b"N" * 1000 + b"e\x85R.",  # a dtype that is a list
         b"L" + b"9" * 1_000_000 + b"L\n.",  # an integer that takes minutes to read
         b"",
         b".",
@@ -200,6 +203,45 @@ def test_one_array_named_many_times_is_not_made_many_times(tmp_path: Path) -> No
     large = np.zeros(100_000)
     with pytest.raises(UserError, match="array of 800000 bytes"):
         load_saved(saved(tmp_path / "a.pth", [large], True))
+
+
+AGAIN = {
+    "state": b"cnumpy.core.multiarray\n_reconstruct\n)R(K\x01M\xa0\x0f\x85cnumpy\ndtype\nU\x02i1\x85R\x89h\x00tb",
+    "scalar": b"cnumpy.core.multiarray\nscalar\ncnumpy\ndtype\nU\x05S4000\x85Rh\x00\x86R",
+    "bytes": b"c_codecs\nencode\nh\x00U\x06latin1\x86R",
+    "set": b"c__builtin__\nset\nh\x00\x85R",
+    "array": b"cnumpy\nndarray\nh\x00\x85R",
+}
+"""Each makes something new of the 4000 bytes in place 0 of the memo."""
+
+
+@pytest.mark.parametrize("kind", AGAIN)
+def test_what_is_used_again_and_again_takes_no_more_memory(tmp_path: Path, kind: str) -> None:
+    values = b"](" + b"".join(b"M" + struct.pack("<H", i) for i in range(4000)) + b"e"
+    text = b"T" + struct.pack("<i", 4000) + b"a" * 4000
+    first = (values if kind in ("set", "array") else text) + b"q\x000]"
+    content = b"\x80\x02" + first + (AGAIN[kind] + b"a") * 500 + b"."
+    path = write(tmp_path / "evil.p", content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=rf"evil\.p is refused, .* a file of {len(content)} bytes does not"):
+            load_pickle(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 400 * len(content)
+    assert load_pickle(write(path, b"\x80\x02" + first + (AGAIN[kind] + b"a") + b".")), "once is honest"
+
+
+@pytest.mark.parametrize("protocol", range(5))
+@pytest.mark.parametrize("values", [1, 4, 500])
+def test_honest_files_hand_over_less_than_is_allowed(tmp_path: Path, values: int, protocol: int) -> None:
+    """Files of arrays, scalars and sets alone, which hand over all that they hold. The one array that comes twice is
+    stored once."""
+    data = [(np.zeros(values), np.ones(values, "u1"), np.bool_(i % 2), np.float32(i), np.str_("a")) for i in range(50)]
+    sets = [set(range(values)), set(map(str, range(values)))]
+    value = [data, data[0], [np.full(values, 200, "u1")] * 500, sets]
+    assert load_pickle(write(tmp_path / "a.p", pickle.dumps(value, protocol)))[3] == sets
 
 
 @pytest.mark.parametrize("archive", [True, False])

@@ -287,6 +287,8 @@ def test_split_files_of_another_shape(tmp_path: Path, rows: Any, reason: str) ->
         ('{"image": "a.jpg", "sentence": "x", "bbox": [0, 0, 5]}', "line 2: a box is four numbers"),
         (json.dumps(line(width="9", height=2)), "line 2: an image's width and height are integers above 0, not '9'"),
         (json.dumps(line(width=9, height=0)), "line 2: an image's width and height are integers above 0, not 0"),
+        (json.dumps(line(width=10**400, height=2)), "line 2: an image's width and height are below 2147483648, not 1"),
+        (json.dumps(line(width=9, height=2**31)), "line 2: an image's width and height are below 2147483648, not 2147"),
         ("[" * 100_000, "line 2: "),
         ("\udcff", "line 2: .*utf-8"),
     ],
@@ -343,6 +345,10 @@ def test_references_of_another_shape(tmp_path: Path, change: Any, reason: str) -
         ('{"images": [{"id": 1}], "annotations": []}', "entry 0 cannot be used: no 'file_name'"),
         ('{"images": [], "annotations": [{"id": [1], "bbox": []}]}', "entry 0 cannot be used: an id is a number"),
         ('{"images": 5, "annotations": []}', "cannot be used"),
+        (
+            json.dumps({"images": [{"id": 1, "file_name": "a", "width": 9, "height": 10**400}], "annotations": []}),
+            "entry 0 cannot be used: an image's width and height are below 2147483648, not 1",
+        ),
     ],
 )
 def test_instances_of_another_shape(tmp_path: Path, content: str | None, reason: str) -> None:

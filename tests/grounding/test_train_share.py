@@ -98,6 +98,22 @@ def test_files_are_chosen_by_name_alone(files: Path) -> None:
     assert {a.image for a in some.part(0.5).annotations} == {a.image for a in some.annotations} & part
 
 
+def test_a_name_that_is_no_text_is_in_a_part_too(tmp_path: Path) -> None:
+    """Linux takes any bytes for a name."""
+    names = [f"\udcff{number}.png" for number in range(20)]
+    for name in names:
+        write_image(tmp_path / name)
+    records = [{"image": name, "sentence": "x", "bbox": [1, 1, 5, 5]} for name in names]
+    write_lines(tmp_path / "own.train.jsonl", records)
+    part = open_dataset("own", "train", root=tmp_path).part(0.5)
+    assert 0 < len({a.image for a in part.annotations}) < 20
+
+
+def test_which_pictures_are_in_a_part_stays(files: Path) -> None:
+    part = open_dataset("own", "train", root=files).part(0.02)
+    assert {a.image.name for a in part.annotations} == {"47.png", "52.png", "99.png", "123.png", "136.png"}
+
+
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.5, float("nan")])
 def test_a_part_is_more_than_nothing_and_at_most_everything(share: float) -> None:
     with pytest.raises(UserError, match=rf"train_share must lie in \(0, 1\], got {share}"):

@@ -42,6 +42,9 @@ def faults(source: str) -> list[str]:
         name, safe = SAFE.get(tuple(ast.unparse(node.func).split(".")[-2:]), (None, None))
         if name is not None and not (name in given and _is(given[name], safe)):
             found.append(f"line {node.lineno}: {ast.unparse(node.func)} without {name}={safe}")
+        # Pillow hands PostScript to Ghostscript, unless it is told which formats a file may be of.
+        if ast.unparse(node.func).endswith("Image.open") and _is(given.get("formats", ast.Constant(None)), None):
+            found.append(f"line {node.lineno}: {ast.unparse(node.func)} without formats")
         if ast.unparse(node.func).endswith(("hub.load", "load_state_dict_from_url", "urlopen", "urlretrieve")):
             found.append(f"line {node.lineno}: {ast.unparse(node.func)}")
     return found
@@ -67,6 +70,8 @@ def test_no_call_executes_what_it_reads() -> None:
         "AutoConfig.from_pretrained(name)",
         "Anything.from_pretrained(name, trust_remote_code=True)",
         "torch.hub.load('owner/name', 'model')",
+        "Image.open(path)",
+        "PIL.Image.open(path, 'r', formats=None)",
     ],
 )
 def test_such_a_call_is_seen(line: str) -> None:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+_LARGEST_SIDE = 2**31
+"""No image has as many pixels in a row. JSON's integers have no end; the numbers that a box is compared with have."""
+
 
 class Box(NamedTuple):
     """Corners in pixels of the image file. x grows to the right, y downwards; x2 and y2 are not inside."""
@@ -52,10 +55,12 @@ def parse_text(value: Any, what: str) -> str:
 
 
 def parse_size(width: Any, height: Any) -> tuple[int, int]:
-    """An image's size in pixels; raises ``ValueError`` where it is not two positive integers."""
+    """An image's size in pixels; raises ``ValueError`` where it is not two positive integers that an image can have."""
     for value in (width, height):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"an image's width and height are integers above 0, not {_short(value)}")
+        if value >= _LARGEST_SIDE:
+            raise ValueError(f"an image's width and height are below {_LARGEST_SIDE}, not {_short(value)}")
     return width, height
 
 

@@ -8,15 +8,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from attbalance_ext.grounding.errors import UserError
 
 from .annotations import Annotation
-from .files import UNREADABLE, image_size, is_file
+from .files import is_file
+from .images import image_size, read_rgb
 from .readers import Source, sources_under
 from .wrong_boxes import kind_of
 
+Size = tuple[int, int]
+"""(width, height) in pixels."""
 _NAMED = 3
 """So many images are named in one line."""
 _UNBOUNDED = (2**31, 2**31)
@@ -31,6 +32,8 @@ class SplitFound:
     """Images that are not where they should be."""
     unreadable: list[str]
     """Images that are no images."""
+    resized: list[str]
+    """Images of another size than their annotations say; known of those that were decoded."""
     wrong_boxes: dict[str, int]
     """By kind, see ``wrong_boxes.KINDS``."""
 
@@ -82,7 +85,7 @@ def check(root: Path, *, decode: bool = False) -> Report:
     if not root.is_dir():
         raise UserError(f"root: there is no folder {root}")
     report = Report(root, [], {})
-    broken: dict[Path, bool] = {}
+    seen: dict[Path, Size | None] = {}
     for source in sources_under(root):
         try:
             splits = source.splits()
@@ -90,7 +93,7 @@ def check(root: Path, *, decode: bool = False) -> Report:
             report.found.append(Found(source.name, source.format, missing=[str(error)]))
             continue
         if splits:
-            report.found.append(_look(source, splits, decode, broken))
+            report.found.append(_look(source, splits, decode, seen))
         else:
             report.expected[f"{source.name} ({source.format})"] = str(source.expected("train"))
     if not any(found.format == "JSON lines" for found in report.found):
@@ -98,52 +101,50 @@ def check(root: Path, *, decode: bool = False) -> Report:
     return report
 
 
-def _look(source: Source, splits: list[str], decode: bool, broken: dict[Path, bool]) -> Found:
+def _look(source: Source, splits: list[str], decode: bool, seen: dict[Path, Size | None]) -> Found:
     found = Found(source.name, source.format)
     for split in splits:
         try:
-            result = found.splits[split] = _count(source.read(split), decode, broken)
+            result = found.splits[split] = _count(source.read(split), decode, seen)
         except UserError as error:
             found.missing.append(f"{split}: {error}")
             continue
         if not result.sentences:
             found.missing.append(f"{split}: {source.expected(split)} holds no annotation")
-        for what, paths in (("missing", result.missing), ("unreadable", result.unreadable)):
+        faults = {
+            "missing": result.missing,
+            "unreadable": result.unreadable,
+            "of another size than annotated": result.resized,
+        }
+        for what, paths in faults.items():
             if paths:
                 found.missing.append(f"{split}: {len(paths)} of {result.images} images are {what}: {_listed(paths)}")
     found.missing += [f"{split}: {source.expected(split)}" for split in source.usual if split not in splits]
     return found
 
 
-def _count(annotations: list[Annotation], decode: bool, broken: dict[Path, bool]) -> SplitFound:
-    """``broken``: images that were looked at already."""
+def _count(annotations: list[Annotation], decode: bool, seen: dict[Path, Size | None]) -> SplitFound:
+    """``seen``: the sizes of images that were decoded already; None is that of one that cannot be read."""
     sizes = {annotation.image: annotation.size for annotation in annotations}
     missing = [path for path in sizes if not is_file(path)]
     for path in sizes.keys() - set(missing):
         try:
             sizes[path] = sizes[path] or image_size(path)
-            if decode and path not in broken:
-                broken[path] = not _decodes(path)
+            if decode and path not in seen:
+                seen[path] = read_rgb(path).size
         except UserError:
-            broken[path] = True
+            seen[path] = None
+    resized = {a.image for a in annotations if a.size and seen.get(a.image) not in (None, a.size)}
     kinds = Counter(kind_of(each.box, sizes[each.image] or _UNBOUNDED) for each in annotations)
     del kinds[None]
     return SplitFound(
         sentences=len(annotations),
         images=len(sizes),
         missing=_sorted(missing),
-        unreadable=_sorted(path for path in sizes if broken.get(path)),
+        unreadable=_sorted(path for path in sizes if path in seen and seen[path] is None),
+        resized=_sorted(resized),
         wrong_boxes={kind: count for kind, count in kinds.items() if kind},
     )
-
-
-def _decodes(path: Path) -> bool:
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except UNREADABLE:
-        return False
-    return True
 
 
 def _sorted(paths: Iterable[Path]) -> list[str]:

@@ -13,6 +13,7 @@ from PIL import Image
 from attbalance_ext.grounding.errors import UserError
 
 from .annotations import Annotation, Box
+from .images import image_size, read_rgb
 from .readers import Source, sources_of
 from .wrong_boxes import WrongBoxes, treat
 
@@ -47,10 +48,9 @@ class FileDataset:
         path, size = self.annotations[index].image, self.annotations[index].size
         of = f"(for {self.sentences[index]!r}; 'attbalance data check ROOT --images' finds all such files)"
         try:
-            with Image.open(path) as image:
-                pixels = image.convert("RGB")
-        except UNREADABLE as error:
-            raise UserError(f"{path} cannot be read as an image: {error} {of}") from None
+            pixels = read_rgb(path)
+        except UserError as error:
+            raise UserError(f"{error} {of}") from None
         if size not in (None, pixels.size):
             raise UserError(f"{path} is {pixels.size} pixels large; its annotations are for {size} {of}")
         return pixels
@@ -62,7 +62,7 @@ class FileDataset:
     def part(self, share: float) -> FileDataset:
         """About a ``share`` of the pictures with all their sentences, chosen by the images' names, so that larger parts
         hold smaller."""
-        kept = [a for a in self.annotations if crc32(a.image.name.encode()) < share * 2**32]
+        kept = [a for a in self.annotations if _number(a.image.name) < share * 2**32]
         return FileDataset(self.name, self.split, kept, self.wrong_boxes)
 
     def picture_key(self, index: int) -> Path:
@@ -70,8 +70,9 @@ class FileDataset:
         return self.annotations[index].image
 
 
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
-"""What Pillow raises on a file that is no image, or is damaged."""
+def _number(name: str) -> int:
+    """Of 32 bits, the same on every machine. Bytes of a name that are no text are surrogates in Python."""
+    return crc32(name.encode(errors="surrogatepass"))
 
 
 def _place(annotation: Annotation) -> tuple[str, Box, str, str]:
@@ -137,15 +138,6 @@ def is_file(path: Path) -> bool:
         return path.is_file()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """(width, height) in pixels by the file's header; nothing is decoded."""
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except UNREADABLE as error:
-        raise UserError(f"{path} cannot be read as an image: {error}") from None
 
 
 def _size(annotation: Annotation) -> tuple[int, int]:

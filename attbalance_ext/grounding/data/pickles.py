@@ -2,8 +2,10 @@
 
 A pickle is a program for a small stack machine that may import and call anything. This reader knows the few names
 that annotation files use and puts functions of its own in their place; NumPy is not asked to rebuild anything.
-Opcodes that only make other objects do not exist here. It is Python's own machine in Python, not the C one, which a
-file of a few bytes can make reserve any amount of memory.
+Opcodes that only make other objects do not exist here.
+
+It takes memory in proportion to the file. The machine is Python's own in Python: the C one believes the lengths that a
+file claims. And what a file hands to functions is counted, for it can hand them the same bytes again and again.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +26,8 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 """First of the pickles in a file of ``torch.save`` from before it wrote archives."""
 _LARGEST = 4096
 """Bytes of a NumPy array or scalar. Those in annotations hold a box or a name."""
+_HANDED_PER_BYTE = 4
+"""Of a file, to functions and states. An honest file hands on what it holds once, or twice, as text and as bytes."""
 _LEGACY_PREAMBLE = 3
 """Magic number, version of the protocol and sizes of C types come before the object."""
 
@@ -139,7 +143,9 @@ class _DType:
     """What a file calls a dtype: its code, as "f8", and its byte order."""
 
     def __init__(self, code: Any, *_: Any) -> None:
-        self.code = str(code)
+        if not isinstance(code, str):
+            raise TypeError(f"a dtype is named by text, not by a {type(code).__name__}")
+        self.code = code
         self.order = "<"
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
@@ -177,7 +183,7 @@ def _numbers(dtype: _DType, data: bytes | str) -> list[Any]:
 
 
 def _bytes(data: bytes | str) -> bytes:
-    """Bytes, which Python 2 called text. A file may name the same ones again and again, so their number is limited."""
+    """Bytes, which Python 2 called text."""
     if len(data) > _LARGEST:
         raise Refused(f"it holds an array of {len(data)} bytes; boxes and names have at most {_LARGEST}")
     return data.encode("latin1") if isinstance(data, str) else bytes(data)
@@ -222,35 +228,37 @@ _KNOWN: dict[tuple[str, str], Any] = {
 }
 
 
-def _check_state(owner: Any) -> None:
-    if not isinstance(owner, _Array | _DType):
+def _check_build(machine: _Machine) -> None:
+    if not isinstance(machine.stack[-2], _Array | _DType):
         raise Refused("it sets the state of an object")
+    machine.hand_over(machine.stack[-1])
 
 
 _OBJECTS = frozenset(
     (pickle.INST + pickle.OBJ + pickle.NEWOBJ + pickle.NEWOBJ_EX + pickle.PERSID + pickle.BINPERSID)
-    + (pickle.EXT1 + pickle.EXT2 + pickle.EXT4 + pickle.NEXT_BUFFER + pickle.READONLY_BUFFER)
+    + (pickle.EXT1 + pickle.EXT2 + pickle.EXT4 + pickle.NEXT_BUFFER + pickle.READONLY_BUFFER + pickle.BYTEARRAY8)
 )
-"""Opcodes that plain types never need."""
+"""Opcodes that plain types never need. The last makes as many bytes as the file claims before it looks for them."""
 
-_CHECKS: dict[int, Callable[[list[Any]], None]] = {
-    pickle.BUILD[0]: lambda stack: _check_state(stack[-2]),
-    pickle.SETITEM[0]: lambda stack: _check_keys(stack[-2:-1]),
-    pickle.SETITEMS[0]: lambda stack: _check_keys(stack[::2]),
-    pickle.DICT[0]: lambda stack: _check_keys(stack[::2]),
-    pickle.ADDITEMS[0]: lambda stack: _check_keys(stack),
-    pickle.FROZENSET[0]: lambda stack: _check_keys(stack),
+_CHECKS: dict[int, Callable[[_Machine], None]] = {
+    pickle.BUILD[0]: _check_build,
+    pickle.REDUCE[0]: lambda machine: machine.hand_over(machine.stack[-1]),
+    pickle.SETITEM[0]: lambda machine: _check_keys(machine.stack[-2:-1]),
+    pickle.SETITEMS[0]: lambda machine: _check_keys(machine.stack[::2]),
+    pickle.DICT[0]: lambda machine: _check_keys(machine.stack[::2]),
+    pickle.ADDITEMS[0]: lambda machine: _check_keys(machine.stack),
+    pickle.FROZENSET[0]: lambda machine: _check_keys(machine.stack),
 }
-"""What is looked at, on the stack down to the last mark, before an opcode acts."""
+"""What is looked at before an opcode acts. The stack is what lies above the last mark."""
 
 
 def _refuse(_: Any) -> None:
     raise Refused("it makes an object of a class, or one kept outside of the pickle")
 
 
-def _checked(load: Callable[[Any], None], check: Callable[[list[Any]], None]) -> Callable[[Any], None]:
+def _checked(load: Callable[[Any], None], check: Callable[[_Machine], None]) -> Callable[[Any], None]:
     def checked(machine: Any) -> None:
-        check(machine.stack)
+        check(machine)
         load(machine)
 
     return checked
@@ -258,6 +266,20 @@ def _checked(load: Callable[[Any], None], check: Callable[[list[Any]], None]) ->
 
 class _Machine(pickle._Unpickler):
     """Python's unpickler without imports, without objects of classes, and with scalars alone as keys."""
+
+    stack: list[Any]
+
+    def __init__(self, file: io.BytesIO, encoding: str) -> None:
+        super().__init__(file, encoding=encoding)
+        self._size = len(file.getbuffer())
+        self._handed = 0
+
+    def hand_over(self, given: Any) -> None:
+        """Count what a function or a state is given: values, characters and bytes, one level deep as they are read."""
+        values = given if isinstance(given, tuple | list) else (given,)
+        self._handed += len(values) + sum(len(value) for value in values if isinstance(value, Sized))
+        if self._handed > _HANDED_PER_BYTE * self._size:
+            raise Refused(f"it uses the same values again and again; a file of {self._size} bytes does not need that")
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
         code: _refuse if code in _OBJECTS else _checked(load, _CHECKS[code]) if code in _CHECKS else load
