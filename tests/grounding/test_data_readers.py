@@ -326,6 +326,11 @@ def change_references(path: Path, change: Any) -> None:
         (lambda refs: refs[0].update(image_id=[1]), "entry 0 cannot be used: an id is a number, not a list"),
         (lambda refs: refs[0].update(split=3), "entry 0 cannot be used: a split is text, not 3"),
         (lambda refs: refs[0].update(sentences=[{}]), "entry 0 cannot be used: no 'sent'"),
+        (lambda refs: refs[0].update(sentences="x"), "entry 0 cannot be used: its sentences are a list, not a str"),
+        (
+            lambda refs: (refs[0].update(sentences=refs[0]["sentences"] * 500), refs.extend(refs * 99)),
+            "the same sentences are used again and again, 50000 in",
+        ),
         (lambda refs: refs.insert(0, "text"), "entry 0 cannot be used: a reference is a dictionary, not a str"),
     ],
 )

@@ -73,7 +73,13 @@ class ReferFiles(Source):
         loaded = load_pickle(self.references)
         if not isinstance(loaded, list):
             raise UserError(f"{self.references} holds a {type(loaded).__name__}; it is to be a list of references")
-        return read_rows(self.references, loaded, _reference)
+        found = read_rows(self.references, loaded, _reference)
+        # A pickle may name one list of sentences from many references.
+        sentences, size = sum(len(reference["sentences"]) for reference in found), self.references.stat().st_size
+        if sentences > size:
+            said = f"the same sentences are used again and again, {sentences} in {size} bytes"
+            raise UserError(f"{self.references}: {said}")
+        return found
 
     @cached_property
     def _tables(self) -> tuple[dict[Any, _Image], dict[Any, Any]]:
@@ -99,6 +105,8 @@ def _reference(entry: Any) -> dict[str, Any]:
         raise ValueError(f"it has no {', '.join(sorted(missing))}")
     for key in ("ann_id", "image_id"):
         _id({"id": entry[key]})
+    if not isinstance(entry["sentences"], list):
+        raise ValueError(f"its sentences are a list, not a {type(entry['sentences']).__name__}")
     return {**entry, "split": parse_text(entry["split"], "a split")}
 
 
