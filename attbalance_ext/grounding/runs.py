@@ -217,7 +217,11 @@ def _trained_model(path: Path, state: dict[str, Any], settings: Settings) -> tup
 def _fresh_model(settings: Settings, tokenizer: Tokenizer) -> GroundingModel:
     torch.manual_seed(settings.seed)
     words = max(len(tokenizer), BERT_VOCABULARY) if design(settings.model).bert else len(tokenizer)
-    return build_model(settings.model, vocabulary_size=words, image_size=settings.size, **settings.model_options)
+    model = build_model(settings.model, vocabulary_size=words, image_size=settings.size, **settings.model_options)
+    rho, layers = settings.loss.rho, len(model.supervised)
+    if settings.terms_steps and isinstance(rho, tuple) and len(rho) != layers:
+        raise UserError(f"rho: {settings.model} supervises {layers} layers, and there are {len(rho)} numbers for them")
+    return model
 
 
 def _trainer(
