@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -19,6 +22,8 @@ from attbalance_ext.grounding.data.tokenizers import Tokenizer, tokenizer_from_s
 from attbalance_ext.grounding.distributed import ALONE, Ranks
 from attbalance_ext.grounding.errors import UserError
 from attbalance_ext.grounding.files import load_checkpoint, remove_unfinished
+from attbalance_ext.grounding.log import check_history
+from attbalance_ext.grounding.memory import ran_out
 from attbalance_ext.grounding.models import GroundingModel, build_model, design
 from attbalance_ext.grounding.order import DataOrder
 from attbalance_ext.grounding.settings import Settings
@@ -105,7 +110,8 @@ def resume_run(
     _require_trainable(settings, ranks)
     tokenizer, model = _trained_model(path, state, settings)
     trainer = _trainer(settings, model, tokenizer, directory, cache, ranks)
-    trainer.load_state_dict(state)
+    with _holding_a_run(path):
+        trainer.load_state_dict(state)
     trainer.last_is_whole = path.name == LAST
     if ranks.main:
         for name in (LAST, PREVIOUS, BEST):
@@ -124,6 +130,8 @@ def load_run(path: Path, *, device: str = "cpu") -> Run:
     settings = replace(settings, device=device)
     require_runnable(settings)
     tokenizer, model = _trained_model(path, state, settings)
+    with _holding_a_run(path):
+        check_history(state["log"]["history"])
     return Run(
         directory=directory,
         checkpoint=path,
@@ -140,11 +148,10 @@ def _history(path: Path) -> dict[str, list[dict[str, Any]]] | None:
     if not path.exists():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, list[dict[str, Any]]] = json.loads(path.read_text(encoding="utf-8"))
+        check_history(found)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}; without it the records in the checkpoint are used") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged: it holds no records; without it those in the checkpoint are used")
     return found
 
 
@@ -200,17 +207,39 @@ def _read(path: Path, *needed: str) -> tuple[dict[str, Any], Settings]:
     missing = {"settings", "tokenizer", "model", "step", "log", *needed} - state.keys()
     if missing:
         raise UserError(f"{path} is not a run's checkpoint: it has no {', '.join(sorted(missing))}")
-    return state, Settings.from_dict(state["settings"])
+    wrong = "" if isinstance(state["step"], int) else f"its step is {state['step']!r}"
+    try:
+        settings = Settings.from_dict(state["settings"])
+    except UserError as error:
+        wrong = str(error)
+    if wrong:
+        raise UserError(f"{path} does not hold a run of this version: {wrong}")
+    return state, settings
+
+
+@contextmanager
+def _holding_a_run(path: Path) -> Iterator[None]:
+    """A checkpoint of the right format may hold anything: what the block cannot use is said in one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if ran_out(error):
+            raise
+        why = f"it has no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} does not hold a run of this version: {shorten(why, 300)}") from None
 
 
 def _trained_model(path: Path, state: dict[str, Any], settings: Settings) -> tuple[Tokenizer, GroundingModel]:
-    tokenizer = tokenizer_from_state(state["tokenizer"])
-    options = {name: value for name, value in settings.model_options.items() if name not in WEIGHTS}
-    model = _fresh_model(replace(settings, model_options=options), tokenizer)
-    try:
-        model.load_state_dict(state["model"])
-    except RuntimeError as error:
-        raise UserError(f"{path} does not hold the weights of a {settings.model}: {error}") from None
+    with _holding_a_run(path):
+        tokenizer = tokenizer_from_state(state["tokenizer"])
+        options = {name: value for name, value in settings.model_options.items() if name not in WEIGHTS}
+        model = _fresh_model(replace(settings, model_options=options), tokenizer)
+        try:
+            model.load_state_dict(state["model"])
+        except RuntimeError as error:
+            raise UserError(f"{path} does not hold the weights of a {settings.model}: {error}") from None
     return tokenizer, model
 
 
