@@ -111,6 +111,7 @@ def resume_run(
     tokenizer, model = _trained_model(path, state, settings)
     trainer = _trainer(settings, model, tokenizer, directory, cache, ranks)
     with _holding_a_run(path):
+        _require_same_data(path, state.get("data", {}), trainer)
         trainer.load_state_dict(state)
     trainer.last_is_whole = path.name == LAST
     if ranks.main:
@@ -229,6 +230,19 @@ def _holding_a_run(path: Path) -> Iterator[None]:
             raise
         why = f"it has no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
         raise UserError(f"{path} does not hold a run of this version: {shorten(why, 300)}") from None
+
+
+def _require_same_data(path: Path, known: dict[str, dict[str, Any]], trainer: Trainer) -> None:
+    """``known``: what the splits held when ``path`` was written; earlier versions did not note it down."""
+    for split, now in trainer.data().items():
+        then = known.get(split, now)
+        if then != now:
+            many, few = then["sentences"], now["sentences"]
+            how = f"{many} sentences then, {few} now" if many != few else f"{few} sentences, but not the same ones"
+            raise UserError(
+                f"{trainer.settings.data} {split} is not what it was when {path} was written ({how}); "
+                "put the old data back, or start a new run"
+            )
 
 
 def _trained_model(path: Path, state: dict[str, Any], settings: Settings) -> tuple[Tokenizer, GroundingModel]:

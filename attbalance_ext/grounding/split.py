@@ -7,6 +7,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from traceback import walk_tb
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from attbalance_ext.grounding.batch import Batch
 from attbalance_ext.grounding.data import GroundingDataset
+from attbalance_ext.grounding.data.content import content
 from attbalance_ext.grounding.data.protocol import Pictures
 from attbalance_ext.grounding.data.tokenizers import Tokenizer
 from attbalance_ext.grounding.data.transforms import EvalTransform, TrainTransform, View
@@ -39,6 +41,11 @@ class Split(ABC):
 
     def __len__(self) -> int:
         return len(self.pictures)
+
+    @cached_property
+    def content(self) -> dict[str, Any]:
+        """What it holds, as plain values to be compared."""
+        return content(self.pictures)
 
     @abstractmethod
     def batch(self, indices: Tensor) -> Batch:

@@ -371,6 +371,7 @@ class Trainer:
         """Tensors and plain types: everything the rest of the run depends on."""
         return {
             **self.model_state(),
+            "data": self.data(),
             "teacher": self.teacher.state_dict() if self.teacher is not None else None,
             "criterion": self.criterion.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -380,6 +381,10 @@ class Trainer:
             "best_accuracy": self.best_accuracy,
             "validations_without_gain": self.validations_without_gain,
         }
+
+    def data(self) -> dict[str, dict[str, Any]]:
+        """What each split holds, to notice that a run goes on with other data."""
+        return {"train": self.split.content, "val": self.validation.content}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`, for a trainer built from the same settings."""

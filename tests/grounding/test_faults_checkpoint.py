@@ -91,6 +91,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "an empty optimizer": (lambda state: state.update(optimizer={}), "it has no 'param_groups'"),
     "no teacher": (lambda state: state.pop("teacher"), "it has no 'teacher'"),
     "no schedule": (lambda state: state.pop("scheduler"), "it has no 'scheduler'"),
+    "no data": (lambda state: state.update(data=5), "'int' object has no attribute"),
     "no records": (lambda state: state.update(log={}), "it has no 'history'"),
     "records of nothing": (lambda state: state["log"].update(history={"train": 5}), "no list of train records"),
     "a tensor for a model": (lambda state: state.update(model=torch.ones(3)), "TypeError: "),
