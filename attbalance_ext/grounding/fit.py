@@ -63,6 +63,7 @@ def fit(trainers: Mapping[str, Trainer], *, show: bool = True, after_step: Calla
     finally:
         for trainer in trainers.values():
             trainer.log.close()
+            trainer.held.close()
 
 
 def _told(error: Exception) -> str | None:

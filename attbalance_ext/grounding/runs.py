@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import shorten
@@ -16,6 +16,7 @@ import torch
 
 from attbalance_ext import available_backends
 from attbalance_ext.grounding import pretrain
+from attbalance_ext.grounding.alone import alone_in
 from attbalance_ext.grounding.compilation import require_compiler
 from attbalance_ext.grounding.data.cache import cache_directory
 from attbalance_ext.grounding.data.tokenizers import Tokenizer, tokenizer_from_state
@@ -68,9 +69,7 @@ def start_run(
     if like is not None:
         model = _fresh_model(settings, like.split.tokenizer)
         model.load_state_dict(like.model.state_dict())
-        trainer = Trainer(settings, model, like.split, like.validation, directory)
-        trainer.write_settings()
-        return trainer
+        return _begun(Trainer(settings, model, like.split, like.validation, directory))
     with ranks.main_first():  # what it generates or trains, the others find in the cache
         train = open_pictures(settings, "train", cache=cache)
         order = DataOrder(len(train), settings.batch_size, settings.seed)
@@ -83,8 +82,16 @@ def start_run(
             scenes, folder = pretraining_scenes(settings, cache=cache), cache_directory(cache) / "encoders"
             pretrain.load_pretrained(encoder, scenes, settings.pretrain_steps, torch.device(settings.device), folder)
             model.image_encoder.load_state_dict(encoder.state_dict())
-    trainer = _trainer(settings, model, tokenizer, directory, cache, ranks)
-    trainer.write_settings()  # a folder that takes no files is met now, and not at the first checkpoint
+    return _begun(_trainer(settings, model, tokenizer, directory, cache, ranks))
+
+
+def _begun(trainer: Trainer) -> Trainer:
+    """The first that a run does in its folder: until here a mistake leaves nothing behind."""
+    with ExitStack() as folder:
+        folder.enter_context(take_folder(trainer.directory, trainer.ranks))
+        refuse_existing(trainer.directory)  # another process may have come in between
+        trainer.write_settings()  # a folder that takes no files is met now, and not at the first checkpoint
+        trainer.held = folder.pop_all()
     return trainer
 
 
@@ -101,22 +108,26 @@ def resume_run(
     ``device``, ``on_nan``: others than it began with. The number of processes may be another one too.
     """
     directory, path = (path.parent, path) if path.is_file() else (path, path / LAST)
-    try:
-        state, settings = _read(path, "optimizer")
-    except UserError as error:
-        raise UserError(f"{error}{_another(directory, path)}") from None
-    changes: dict[str, Any] = {"device": device, "on_nan": on_nan}
-    settings = replace(settings, **{name: value for name, value in changes.items() if value is not None})
-    _require_trainable(settings, ranks)
-    tokenizer, model = _trained_model(path, state, settings)
-    trainer = _trainer(settings, model, tokenizer, directory, cache, ranks)
-    with _holding_a_run(path):
-        _require_same_data(path, state.get("data", {}), trainer)
-        trainer.load_state_dict(state)
-    trainer.last_is_whole = path.name == LAST
-    if ranks.main:
-        for name in (LAST, PREVIOUS, BEST):
-            remove_unfinished(directory / name)
+    with ExitStack() as folder:
+        if path.is_file():  # a name that is wrong gets no folder
+            folder.enter_context(take_folder(directory, ranks))
+        try:
+            state, settings = _read(path, "optimizer")
+        except UserError as error:
+            raise UserError(f"{error}{_another(directory, path)}") from None
+        changes: dict[str, Any] = {"device": device, "on_nan": on_nan}
+        settings = replace(settings, **{name: value for name, value in changes.items() if value is not None})
+        _require_trainable(settings, ranks)
+        tokenizer, model = _trained_model(path, state, settings)
+        trainer = _trainer(settings, model, tokenizer, directory, cache, ranks)
+        with _holding_a_run(path):
+            _require_same_data(path, state.get("data", {}), trainer)
+            trainer.load_state_dict(state)
+        trainer.last_is_whole = path.name == LAST
+        if ranks.main:
+            for name in (LAST, PREVIOUS, BEST):
+                remove_unfinished(directory / name)
+        trainer.held = folder.pop_all()
     return trainer
 
 
@@ -172,11 +183,21 @@ def _another(directory: Path, path: Path) -> str:
 
 
 def refuse_existing(directory: Path) -> None:
-    """A finished or unfinished run is never written over."""
-    if (directory / LAST).exists() or (directory / PREVIOUS).exists():
-        raise UserError(
-            f"{directory} already holds a run; continue it with --resume {directory}, or choose another --out"
-        )
+    """A finished or unfinished run is never written over; a link to a file that is elsewhere at present counts too."""
+    there = [name for name in (LAST, PREVIOUS, BEST) if os.path.lexists(directory / name)]
+    if there:
+        from_there = {LAST: directory, PREVIOUS: directory / PREVIOUS}.get(there[0])
+        going_on = f"continue it with --resume {shlex.quote(str(from_there))}, or " if from_there else ""
+        raise UserError(f"{directory} already holds a run ({', '.join(there)}); {going_on}choose another --out")
+
+
+@contextmanager
+def take_folder(directory: Path, ranks: Ranks = ALONE) -> Iterator[None]:
+    """Keep out of ``directory`` all processes that are not of this run. Collective."""
+    with alone_in(directory) if ranks.main else nullcontext(True) as alone:
+        if ranks.any(not alone):
+            raise UserError(f"another process is training in {directory}; wait for its end, or take another folder")
+        yield
 
 
 def require_runnable(settings: Settings) -> None:

@@ -8,7 +8,7 @@ import math
 import shlex
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from operator import methodcaller
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,8 @@ class Trainer:
         self.settings = settings
         self.directory = directory
         self.ranks = ranks
+        self.held = ExitStack()
+        """What ``fit`` lets go of when it ends: the folder, for other processes."""
         self.split, self.validation = train, validation
         self.device = torch.device(settings.device)
         self.model = model.to(self.device).train()

@@ -87,6 +87,25 @@ def test_a_run_without_its_last_checkpoint_is_not_written_over(run: Path, capsys
     assert contents(run) == before
 
 
+@pytest.mark.parametrize("left", [LAST, PREVIOUS, BEST])
+@pytest.mark.parametrize("dangling", [False, True])
+def test_a_run_of_which_one_file_is_left_is_not_written_over(
+    left: str, dangling: bool, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in {LAST, PREVIOUS, BEST} - {left}:
+        (run / name).unlink()
+    if dangling:  # its file lies on a disk that is not there at present
+        (run / left).unlink()
+        (run / left).symlink_to("elsewhere.pt")
+    before = contents(run)
+    assert call("train", "--out", run) == 2
+    said = capsys.readouterr().err
+    assert f"{run} already holds a run ({left}); " in said
+    assert ("continue it with --resume" in said) == (left != BEST)
+    assert contents(run) == before
+    assert (run / left).is_symlink() == dangling
+
+
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "an empty optimizer": (lambda state: state.update(optimizer={}), "it has no 'param_groups'"),
     "no teacher": (lambda state: state.pop("teacher"), "it has no 'teacher'"),
