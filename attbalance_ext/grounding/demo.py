@@ -12,7 +12,7 @@ from attbalance_ext.grounding.files import load_checkpoint, write_text
 from attbalance_ext.grounding.fit import fit
 from attbalance_ext.grounding.report import write_report
 from attbalance_ext.grounding.report.summary import Summary
-from attbalance_ext.grounding.runs import load_run, refuse_existing, resume_run, start_run
+from attbalance_ext.grounding.runs import load_run, refuse_existing, resume_run, start_run, take_folder
 from attbalance_ext.grounding.settings import Settings
 from attbalance_ext.grounding.train import LAST, Trainer
 
@@ -42,7 +42,8 @@ def _trainers(runs: dict[str, Settings], out: Path, cache: Path | None) -> dict[
         return {name: resume_run(out / name, cache=cache) for name in runs}
     for name in runs:
         if marker.exists():
-            shutil.rmtree(out / name, ignore_errors=True)
+            with take_folder(out / name):
+                shutil.rmtree(out / name, ignore_errors=True)
         refuse_existing(out / name)
     trainers: dict[str, Trainer] = {}
     for name, settings in runs.items():

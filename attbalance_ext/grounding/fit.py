@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -10,9 +12,13 @@ from types import FrameType
 
 from rich.progress import Progress
 
-from attbalance_ext.grounding.errors import TrainingFailed
+from attbalance_ext.grounding.errors import NotWritten, TrainingFailed, UserError
+from attbalance_ext.grounding.memory import ran_out
 from attbalance_ext.grounding.progress import progress_bars
 from attbalance_ext.grounding.train import Trainer
+
+TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
+"""In this process, in all of them."""
 
 
 class StopRequest(threading.Event):
@@ -48,16 +54,36 @@ def fit(trainers: Mapping[str, Trainer], *, show: bool = True, after_step: Calla
         main = all(trainer.ranks.main for trainer in trainers.values())
         with progress_bars(show=show and main) as progress, stop_requested() as stop:
             _take_turns(trainers, progress, stop, after_step or (lambda: None))
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):  # PyTorch raises it wherever this process happens to be
+    except Exception as error:
+        said = _told(error)
+        if said is None:
             raise
-        states = " ".join(trainer.last_good() for trainer in trainers.values())
-        raise TrainingFailed(
-            f"a process that reads images has died ({error}). Where memory ran out, fewer workers need less. {states}"
-        ) from None
+        states = ". ".join(trainer.last_good() for trainer in trainers.values())
+        raise TrainingFailed(f"{said}. {states}") from error
     finally:
         for trainer in trainers.values():
             trainer.log.close()
+            trainer.held.close()
+
+
+def _told(error: Exception) -> str | None:
+    """What the machine lacked, and what to do about it; None: it is something else."""
+    said = str(error)
+    if isinstance(error, UserError | TrainingFailed | NotWritten):
+        return None
+    if "DataLoader worker (pid" in said:  # PyTorch raises it wherever this process happens to be
+        return f"a process that reads images has died ({said}). Where memory ran out, fewer workers need less"
+    if re.match(r"Caught \w+ in DataLoader worker process", said.strip("'\"")):  # with the traceback of that process
+        return f"a process that reads images has failed: {said.strip().splitlines()[-1]}"
+    if ran_out(error):
+        first = said.strip().partition("\n")[0]
+        return (
+            f"memory ran out ({first or type(error).__name__}). A new run needs less with a larger --accumulate, which "
+            "cuts the same batch into more parts, or with a smaller --batch-size"
+        )
+    if "Too many open files" in said or (isinstance(error, OSError) and error.errno in TOO_MANY_FILES):
+        return f"too many open files ({said.splitlines()[0]}): fewer --workers need fewer, 'ulimit -n' allows more"
+    return None
 
 
 def _take_turns(

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 Record = dict[str, Any]
+NUMBERS = {"train": ("step", "step_ms", "box"), "validation": ("step", "samples", "acc50")}
+"""What every record of a kind has at least; the report draws it."""
 _log = logging.getLogger(__name__)
 
 
@@ -68,6 +70,7 @@ class RunLog:
         return {"history": self.history, "pending": pending}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        check_history(state["history"])
         self.history = state["history"]
         self._pending = state["pending"]
 
@@ -114,6 +117,18 @@ class RunLog:
                 return None
             self._writer = SummaryWriter(str(self._directory / "tensorboard"), purge_step=step)
         return self._writer
+
+
+def check_history(history: Any) -> None:
+    """Raise ``ValueError``, with what is wrong, where these are no records as :class:`RunLog` keeps them."""
+    for kind, numbers in NUMBERS.items():
+        records = history.get(kind) if isinstance(history, dict) else None
+        if not isinstance(records, list):
+            raise ValueError(f"it holds no list of {kind} records")
+        for count, record in enumerate(records, start=1):
+            for name in numbers:
+                if not isinstance(record, dict) or not isinstance(record.get(name), int | float):
+                    raise ValueError(f"{kind} record {count} has no number {name!r}")
 
 
 def _scalars(name: str, value: Any) -> list[tuple[str, float]]:

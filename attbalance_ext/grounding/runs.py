@@ -5,20 +5,26 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
 
 from attbalance_ext import available_backends
 from attbalance_ext.grounding import pretrain
+from attbalance_ext.grounding.alone import alone_in
 from attbalance_ext.grounding.compilation import require_compiler
 from attbalance_ext.grounding.data.cache import cache_directory
 from attbalance_ext.grounding.data.tokenizers import Tokenizer, tokenizer_from_state
 from attbalance_ext.grounding.distributed import ALONE, Ranks
 from attbalance_ext.grounding.errors import UserError
 from attbalance_ext.grounding.files import load_checkpoint, remove_unfinished
+from attbalance_ext.grounding.log import check_history
+from attbalance_ext.grounding.memory import ran_out
 from attbalance_ext.grounding.models import GroundingModel, build_model, design
 from attbalance_ext.grounding.order import DataOrder
 from attbalance_ext.grounding.settings import Settings
@@ -63,9 +69,7 @@ def start_run(
     if like is not None:
         model = _fresh_model(settings, like.split.tokenizer)
         model.load_state_dict(like.model.state_dict())
-        trainer = Trainer(settings, model, like.split, like.validation, directory)
-        trainer.write_settings()
-        return trainer
+        return _begun(Trainer(settings, model, like.split, like.validation, directory))
     with ranks.main_first():  # what it generates or trains, the others find in the cache
         train = open_pictures(settings, "train", cache=cache)
         order = DataOrder(len(train), settings.batch_size, settings.seed)
@@ -78,8 +82,16 @@ def start_run(
             scenes, folder = pretraining_scenes(settings, cache=cache), cache_directory(cache) / "encoders"
             pretrain.load_pretrained(encoder, scenes, settings.pretrain_steps, torch.device(settings.device), folder)
             model.image_encoder.load_state_dict(encoder.state_dict())
-    trainer = _trainer(settings, model, tokenizer, directory, cache, ranks)
-    trainer.write_settings()  # a folder that takes no files is met now, and not at the first checkpoint
+    return _begun(_trainer(settings, model, tokenizer, directory, cache, ranks))
+
+
+def _begun(trainer: Trainer) -> Trainer:
+    """The first that a run does in its folder: until here a mistake leaves nothing behind."""
+    with ExitStack() as folder:
+        folder.enter_context(take_folder(trainer.directory, trainer.ranks))
+        refuse_existing(trainer.directory)  # another process may have come in between
+        trainer.write_settings()  # a folder that takes no files is met now, and not at the first checkpoint
+        trainer.held = folder.pop_all()
     return trainer
 
 
@@ -96,20 +108,26 @@ def resume_run(
     ``device``, ``on_nan``: others than it began with. The number of processes may be another one too.
     """
     directory, path = (path.parent, path) if path.is_file() else (path, path / LAST)
-    try:
-        state, settings = _read(path, "optimizer")
-    except UserError as error:
-        raise UserError(f"{error}{_another(directory, path)}") from None
-    changes: dict[str, Any] = {"device": device, "on_nan": on_nan}
-    settings = replace(settings, **{name: value for name, value in changes.items() if value is not None})
-    _require_trainable(settings, ranks)
-    tokenizer, model = _trained_model(path, state, settings)
-    trainer = _trainer(settings, model, tokenizer, directory, cache, ranks)
-    trainer.load_state_dict(state)
-    trainer.last_is_whole = path.name == LAST
-    if ranks.main:
-        for name in (LAST, PREVIOUS, BEST):
-            remove_unfinished(directory / name)
+    with ExitStack() as folder:
+        if path.is_file():  # a name that is wrong gets no folder
+            folder.enter_context(take_folder(directory, ranks))
+        try:
+            state, settings = _read(path, "optimizer")
+        except UserError as error:
+            raise UserError(f"{error}{_another(directory, path)}") from None
+        changes: dict[str, Any] = {"device": device, "on_nan": on_nan}
+        settings = replace(settings, **{name: value for name, value in changes.items() if value is not None})
+        _require_trainable(settings, ranks)
+        tokenizer, model = _trained_model(path, state, settings)
+        trainer = _trainer(settings, model, tokenizer, directory, cache, ranks)
+        with _holding_a_run(path):
+            _require_same_data(path, state.get("data", {}), trainer)
+            trainer.load_state_dict(state)
+        trainer.last_is_whole = path.name == LAST
+        if ranks.main:
+            for name in (LAST, PREVIOUS, BEST):
+                remove_unfinished(directory / name)
+        trainer.held = folder.pop_all()
     return trainer
 
 
@@ -124,6 +142,8 @@ def load_run(path: Path, *, device: str = "cpu") -> Run:
     settings = replace(settings, device=device)
     require_runnable(settings)
     tokenizer, model = _trained_model(path, state, settings)
+    with _holding_a_run(path):
+        check_history(state["log"]["history"])
     return Run(
         directory=directory,
         checkpoint=path,
@@ -140,11 +160,10 @@ def _history(path: Path) -> dict[str, list[dict[str, Any]]] | None:
     if not path.exists():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, list[dict[str, Any]]] = json.loads(path.read_text(encoding="utf-8"))
+        check_history(found)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}; without it the records in the checkpoint are used") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged: it holds no records; without it those in the checkpoint are used")
     return found
 
 
@@ -164,11 +183,21 @@ def _another(directory: Path, path: Path) -> str:
 
 
 def refuse_existing(directory: Path) -> None:
-    """A finished or unfinished run is never written over."""
-    if (directory / LAST).exists() or (directory / PREVIOUS).exists():
-        raise UserError(
-            f"{directory} already holds a run; continue it with --resume {directory}, or choose another --out"
-        )
+    """A finished or unfinished run is never written over; a link to a file that is elsewhere at present counts too."""
+    there = [name for name in (LAST, PREVIOUS, BEST) if os.path.lexists(directory / name)]
+    if there:
+        from_there = {LAST: directory, PREVIOUS: directory / PREVIOUS}.get(there[0])
+        going_on = f"continue it with --resume {shlex.quote(str(from_there))}, or " if from_there else ""
+        raise UserError(f"{directory} already holds a run ({', '.join(there)}); {going_on}choose another --out")
+
+
+@contextmanager
+def take_folder(directory: Path, ranks: Ranks = ALONE) -> Iterator[None]:
+    """Keep out of ``directory`` all processes that are not of this run. Collective."""
+    with alone_in(directory) if ranks.main else nullcontext(True) as alone:
+        if ranks.any(not alone):
+            raise UserError(f"another process is training in {directory}; wait for its end, or take another folder")
+        yield
 
 
 def require_runnable(settings: Settings) -> None:
@@ -200,24 +229,63 @@ def _read(path: Path, *needed: str) -> tuple[dict[str, Any], Settings]:
     missing = {"settings", "tokenizer", "model", "step", "log", *needed} - state.keys()
     if missing:
         raise UserError(f"{path} is not a run's checkpoint: it has no {', '.join(sorted(missing))}")
-    return state, Settings.from_dict(state["settings"])
+    wrong = "" if isinstance(state["step"], int) else f"its step is {state['step']!r}"
+    try:
+        settings = Settings.from_dict(state["settings"])
+    except UserError as error:
+        wrong = str(error)
+    if wrong:
+        raise UserError(f"{path} does not hold a run of this version: {wrong}")
+    return state, settings
+
+
+@contextmanager
+def _holding_a_run(path: Path) -> Iterator[None]:
+    """A checkpoint of the right format may hold anything: what the block cannot use is said in one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if ran_out(error):
+            raise
+        why = f"it has no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} does not hold a run of this version: {shorten(why, 300)}") from None
+
+
+def _require_same_data(path: Path, known: dict[str, dict[str, Any]], trainer: Trainer) -> None:
+    """``known``: what the splits held when ``path`` was written; earlier versions did not note it down."""
+    for split, now in trainer.data().items():
+        then = known.get(split, now)
+        if then != now:
+            many, few = then["sentences"], now["sentences"]
+            how = f"{many} sentences then, {few} now" if many != few else f"{few} sentences, but not the same ones"
+            raise UserError(
+                f"{trainer.settings.data} {split} is not what it was when {path} was written ({how}); "
+                "put the old data back, or start a new run"
+            )
 
 
 def _trained_model(path: Path, state: dict[str, Any], settings: Settings) -> tuple[Tokenizer, GroundingModel]:
-    tokenizer = tokenizer_from_state(state["tokenizer"])
-    options = {name: value for name, value in settings.model_options.items() if name not in WEIGHTS}
-    model = _fresh_model(replace(settings, model_options=options), tokenizer)
-    try:
-        model.load_state_dict(state["model"])
-    except RuntimeError as error:
-        raise UserError(f"{path} does not hold the weights of a {settings.model}: {error}") from None
+    with _holding_a_run(path):
+        tokenizer = tokenizer_from_state(state["tokenizer"])
+        options = {name: value for name, value in settings.model_options.items() if name not in WEIGHTS}
+        model = _fresh_model(replace(settings, model_options=options), tokenizer)
+        try:
+            model.load_state_dict(state["model"])
+        except RuntimeError as error:
+            raise UserError(f"{path} does not hold the weights of a {settings.model}: {error}") from None
     return tokenizer, model
 
 
 def _fresh_model(settings: Settings, tokenizer: Tokenizer) -> GroundingModel:
     torch.manual_seed(settings.seed)
     words = max(len(tokenizer), BERT_VOCABULARY) if design(settings.model).bert else len(tokenizer)
-    return build_model(settings.model, vocabulary_size=words, image_size=settings.size, **settings.model_options)
+    model = build_model(settings.model, vocabulary_size=words, image_size=settings.size, **settings.model_options)
+    rho, layers = settings.loss.rho, len(model.supervised)
+    if settings.terms_steps and isinstance(rho, tuple) and len(rho) != layers:
+        raise UserError(f"rho: {settings.model} supervises {layers} layers, and there are {len(rho)} numbers for them")
+    return model
 
 
 def _trainer(

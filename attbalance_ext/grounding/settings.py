@@ -16,6 +16,8 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 TEACHER_PRECISIONS = ("same", "bf16")
 ON_NAN = ("stop", "skip")
 WRONG_BOXES = ("skip", "repair", "error")
+SEEDS = 2**43
+"""PyTorch's seeds have 64 bits, and a run makes them of its own times 1_000_003 and the step."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,10 @@ class Settings:
         for name in ("epochs", "validation_samples", "checkpoint_every", "early_stop"):
             if getattr(self, name) is not None:
                 _require_at_least(1, name, getattr(self, name))
-        _require_at_least(0, "workers", self.workers)
+        for name in ("workers", "pretrain_steps"):
+            _require_at_least(0, name, getattr(self, name))
+        if not -SEEDS < self.seed < SEEDS:
+            raise UserError(f"seed must lie between -2**43 and 2**43, got {self.seed}")
         if self.clip is not None and not self.clip > 0.0:
             raise UserError(f"clip must be above 0, got {self.clip}")
         if not 0.0 < self.train_share <= 1.0:

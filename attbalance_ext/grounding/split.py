@@ -7,6 +7,9 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from traceback import walk_tb
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from attbalance_ext.grounding.batch import Batch
 from attbalance_ext.grounding.data import GroundingDataset
+from attbalance_ext.grounding.data.content import content
 from attbalance_ext.grounding.data.protocol import Pictures
 from attbalance_ext.grounding.data.tokenizers import Tokenizer
 from attbalance_ext.grounding.data.transforms import EvalTransform, TrainTransform, View
@@ -37,6 +41,11 @@ class Split(ABC):
 
     def __len__(self) -> int:
         return len(self.pictures)
+
+    @cached_property
+    def content(self) -> dict[str, Any]:
+        """What it holds, as plain values to be compared."""
+        return content(self.pictures)
 
     @abstractmethod
     def batch(self, indices: Tensor) -> Batch:
@@ -143,6 +152,9 @@ class StreamedSplit(Split):
         except UserError as error:
             # From a worker it comes with the worker's traceback in front of what it says.
             raise UserError(str(error).rpartition(f"{UserError.__name__}: ")[2].strip()) from None
+        except OSError as error:
+            _finish_making(error)
+            raise
 
     def view(self, index: int) -> View:
         return self.views[index, None]
@@ -150,6 +162,15 @@ class StreamedSplit(Split):
     def _finish(self, batch: Batch) -> Batch:
         batch = batch.to(self.device)
         return replace(batch, images=self.prepare(batch.images))
+
+
+def _finish_making(error: OSError) -> None:
+    """Where PyTorch could not start all workers it leaves an iterator half made, which ends those that did start, and
+    first looks for what it has not made yet: it would complain on top of the error."""
+    for frame, _ in walk_tb(error.__traceback__):
+        made: Any = frame.f_locals.get("self")
+        if hasattr(made, "_workers") and not hasattr(made, "_workers_status"):
+            made._workers_status = [True] * len(made._workers)
 
 
 def _leave_process_group(worker: int) -> None:

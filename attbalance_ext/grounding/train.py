@@ -8,7 +8,7 @@ import math
 import shlex
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from operator import methodcaller
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,8 @@ class Trainer:
         self.settings = settings
         self.directory = directory
         self.ranks = ranks
+        self.held = ExitStack()
+        """What ``fit`` lets go of when it ends: the folder, for other processes."""
         self.split, self.validation = train, validation
         self.device = torch.device(settings.device)
         self.model = model.to(self.device).train()
@@ -371,6 +373,7 @@ class Trainer:
         """Tensors and plain types: everything the rest of the run depends on."""
         return {
             **self.model_state(),
+            "data": self.data(),
             "teacher": self.teacher.state_dict() if self.teacher is not None else None,
             "criterion": self.criterion.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -380,6 +383,10 @@ class Trainer:
             "best_accuracy": self.best_accuracy,
             "validations_without_gain": self.validations_without_gain,
         }
+
+    def data(self) -> dict[str, dict[str, Any]]:
+        """What each split holds, to notice that a run goes on with other data."""
+        return {"train": self.split.content, "val": self.validation.content}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`, for a trainer built from the same settings."""

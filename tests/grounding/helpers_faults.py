@@ -22,8 +22,8 @@ OPTIONS = ["--steps", "12", "--batch-size", "8", "--validate-every", "4", "--pre
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file in ``folder``, hidden ones too, but for what TensorBoard writes."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    """Every file in ``folder``, hidden ones too, but for the lock and what TensorBoard writes."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != ".run.lock"}
 
 
 class FullDisk:

@@ -35,6 +35,8 @@ pytestmark = pytest.mark.usefixtures("few_scenes")
         (["train", "--device", "tpu"], "cpu, cuda"),
         (["train", "--clip", "0"], "clip must be above 0"),
         (["train", "--size", "65"], "64 or 128"),
+        (["train", "--seed", str(2**62)], f"seed must lie between -2**43 and 2**43, got {2**62}"),
+        (["train", "--pretrain-steps", "-5"], "pretrain_steps must be at least 0, got -5"),
         (["train", "--rho", "nope"], "batch, global, ema, off"),
         (["train", "--difficulty-from", "nope"], "sum, mean, last"),
         (["train", "--resume", "no-such-run"], "no checkpoint at no-such-run/last.pt"),
@@ -55,6 +57,17 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert printed.err.count("\n") == 1
     assert says in printed.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_for_other_layers_than_there_are_are_refused_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert call("train", "--out", run, *SMALL, "--rho", "0.1,0.2") == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == "attbalance: rho: transvg-tiny supervises 3 layers, and there are 2 numbers for them"
+    assert not run.exists()
+    assert call("train", "--out", run, *SMALL, "--rho", "0.1,0.2,0.3") == 0
 
 
 @pytest.mark.parametrize("name", [name for name, reasons in available_backends().items() if reasons])
@@ -243,7 +256,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(
     assert said is not None, message
     assert Path(said[2]) == run / "last.pt"
     assert load_checkpoint(run / "last.pt")["step"] == int(said[1])
-    assert not list(run.glob(".*"))
+    assert not list(run.glob(".*.tmp"))
     unfinished, other = run / ".last.pt.1-0a.tmp", run / ".note.tmp"  # as SIGKILL leaves a checkpoint being written
     for path in (unfinished, other):
         path.touch()

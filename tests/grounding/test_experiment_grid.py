@@ -31,7 +31,7 @@ from attbalance_ext.grounding.files import exclusive, load_checkpoint
 from attbalance_ext.grounding.runs import load_run
 from attbalance_ext.grounding.settings import Settings
 from attbalance_ext.grounding.sources import open_split
-from attbalance_ext.grounding.train import LAST, Trainer
+from attbalance_ext.grounding.train import BEST, LAST, Trainer
 
 # A library that prints where a worker answers, as it is imported.
 NOISE = """
@@ -321,6 +321,15 @@ def test_a_killed_cell_is_named_and_the_others_go_on(
     said = study.call("--jobs", "1")
     assert said.code == 0
     assert "2 cells, 1 runs left to do" in said.err
+    assert without_times(study.record("plain")) == without_times(done.record("plain"))
+
+
+def test_a_cell_that_was_killed_before_its_first_checkpoint_begins_again(study: Study, done: Study) -> None:
+    """Where validations are more frequent than checkpoints, its best model is there long before its last."""
+    study.run("plain").mkdir(parents=True)
+    shutil.copy(done.run("plain") / BEST, study.run("plain"))
+    said = study.call("--variant", "plain")
+    assert said.code == 0
     assert without_times(study.record("plain")) == without_times(done.record("plain"))
 
 

@@ -7,12 +7,14 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from helpers_command import assert_same_end, call
 from helpers_faults import contents
 
-from attbalance_ext.grounding.files import load_checkpoint
+from attbalance_ext.grounding.files import load_checkpoint, save_checkpoint
 from attbalance_ext.grounding.train import BEST, HISTORY, LAST, PREVIOUS
 
 pytestmark = pytest.mark.usefixtures("few_scenes")
@@ -85,6 +87,65 @@ def test_a_run_without_its_last_checkpoint_is_not_written_over(run: Path, capsys
     assert contents(run) == before
 
 
+@pytest.mark.parametrize("left", [LAST, PREVIOUS, BEST])
+@pytest.mark.parametrize("dangling", [False, True])
+def test_a_run_of_which_one_file_is_left_is_not_written_over(
+    left: str, dangling: bool, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in {LAST, PREVIOUS, BEST} - {left}:
+        (run / name).unlink()
+    if dangling:  # its file lies on a disk that is not there at present
+        (run / left).unlink()
+        (run / left).symlink_to("elsewhere.pt")
+    before = contents(run)
+    assert call("train", "--out", run) == 2
+    said = capsys.readouterr().err
+    assert f"{run} already holds a run ({left}); " in said
+    assert ("continue it with --resume" in said) == (left != BEST)
+    assert contents(run) == before
+    assert (run / left).is_symlink() == dangling
+
+
+WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "an empty optimizer": (lambda state: state.update(optimizer={}), "it has no 'param_groups'"),
+    "no teacher": (lambda state: state.pop("teacher"), "it has no 'teacher'"),
+    "no schedule": (lambda state: state.pop("scheduler"), "it has no 'scheduler'"),
+    "no data": (lambda state: state.update(data=5), "'int' object has no attribute"),
+    "no records": (lambda state: state.update(log={}), "it has no 'history'"),
+    "records of nothing": (lambda state: state["log"].update(history={"train": 5}), "no list of train records"),
+    "a tensor for a model": (lambda state: state.update(model=torch.ones(3)), "TypeError: "),
+    "an unknown option": (lambda state: state["settings"].update(model_options={"foo": 1}), "'foo'"),
+    "a word for a seed": (lambda state: state["settings"].update(seed="x"), "settings that cannot be used: "),
+    "a word twice": (lambda state: state["tokenizer"]["words"].append("the"), "some word is listed twice"),
+    "a word for a step": (lambda state: state.update(step="x"), "its step is 'x'"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_checkpoint_of_the_right_format_with_something_else_in_it(
+    wrong: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = load_checkpoint(run / LAST)
+    change, says = WRONG[wrong]
+    change(state)
+    del state["format"]
+    save_checkpoint(run / LAST, state)
+    before = contents(run)
+    capsys.readouterr()
+    assert call("train", "--resume", run) == 2
+    said = [capsys.readouterr().err]
+    if wrong not in ("an empty optimizer", "no teacher", "no schedule", "no data"):  # of which it reads nothing
+        (run / HISTORY).rename(run / "history")
+        assert call("eval", run / LAST, "--split", "val") == 2
+        said.append(capsys.readouterr().err)
+        (run / "history").rename(run / HISTORY)
+    for error in said:
+        assert error.startswith(f"attbalance: {run / LAST} does not hold a run of this version: ")
+        assert says in error
+        assert error.count("\n") == 1
+    assert contents(run) == before
+
+
 def test_a_damaged_best_checkpoint(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It is not replaced by the last one, which is another model."""
     flip_a_bit(run / BEST)
@@ -94,7 +155,10 @@ def test_a_damaged_best_checkpoint(run: Path, capsys: pytest.CaptureFixture[str]
     assert call("eval", run / LAST, "--split", "val") == 0
 
 
-@pytest.mark.parametrize("content", ["", '{"train": [', "[]", "\udcff"])
+NO_TIME = '{"train": [{"step": 1, "box": 1.0}], "validation": []}'
+
+
+@pytest.mark.parametrize("content", ["", '{"train": [', "[]", "\udcff", '{"train": 5}', '{"train": null}', NO_TIME])
 def test_a_damaged_history(content: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / HISTORY).write_bytes(content.encode(errors="surrogateescape"))
     for command in ("eval", "report"):

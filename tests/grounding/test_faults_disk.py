@@ -169,4 +169,4 @@ def test_without_hard_links_the_checkpoint_before_the_last_is_kept_all_the_same(
     run = tmp_path / "run"
     assert call("train", "--out", run, *SHORT, "--checkpoint-every", "1") == 0
     assert [load_checkpoint(run / name)["step"] for name in (LAST, PREVIOUS)] == [2, 1]
-    assert not list(run.glob(".*"))
+    assert not list(run.glob(".*.tmp"))

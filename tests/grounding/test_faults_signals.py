@@ -37,7 +37,7 @@ def test_a_signal_lets_the_step_end_and_saves(
     said = Command(tmp_path, cache, prelude=prelude).run("train", "--out", run, *OPTIONS, expect=code)
     assert f"stopped at step 6; checkpoint: {run / LAST}; continue with: attbalance train --resume '{run}'" in said
     assert load_checkpoint(run / LAST)["step"] == 6
-    assert not list(run.glob(".*"))
+    assert not list(run.glob(".*.tmp"))
     _, *arguments = shlex.split(said.partition("continue with: ")[2])
     assert call(*arguments) == 0
     assert_same_end(run, whole_run)
@@ -50,6 +50,6 @@ def test_ctrl_c_after_a_signal_stops_at_once(whole_run: Path, tmp_path: Path, ca
     assert "stopped at step" not in said
     assert "Traceback" not in said
     assert load_checkpoint(run / LAST)["step"] == 4, "the checkpoint before"
-    assert not list(run.glob(".*"))
+    assert not list(run.glob(".*.tmp"))
     assert call("train", "--resume", run) == 0
     assert_same_end(run, whole_run)

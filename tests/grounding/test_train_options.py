@@ -62,6 +62,14 @@ def test_accumulated_parts_are_the_whole_batch(make_trainer: MakeTrainer, parts:
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
+@pytest.mark.parametrize("seed", [2**43 - 1, 1 - 2**43])
+def test_the_largest_seeds_train(seed: int, make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(seed=seed)
+    trainer.advance()
+    with pytest.raises(UserError, match=r"seed must lie between -2\*\*43 and 2\*\*43"):
+        make_trainer(seed=seed + (1 if seed > 0 else -1))
+
+
 def test_batches_that_cannot_be_cut_evenly_are_refused(make_trainer: MakeTrainer) -> None:
     with pytest.raises(UserError, match="batch_size must be divisible by processes x accumulate, got 8 for 1 x 3"):
         make_trainer(accumulate=3)

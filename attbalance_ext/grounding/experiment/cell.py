@@ -18,7 +18,7 @@ from attbalance_ext.grounding.provenance import commit
 from attbalance_ext.grounding.runs import load_run, resume_run, start_run
 from attbalance_ext.grounding.settings import Settings
 from attbalance_ext.grounding.sources import open_pictures, open_split
-from attbalance_ext.grounding.train import LAST, Trainer
+from attbalance_ext.grounding.train import BEST, LAST, PREVIOUS, Trainer
 
 
 def run_cell(
@@ -50,6 +50,8 @@ def run_cell(
 def _trainer(settings: Settings, directory: Path, cache: Path | None) -> Trainer:
     last = directory / LAST
     if not last.exists():
+        if not (directory / PREVIOUS).exists():  # it was ended before its first checkpoint: nothing goes on from there
+            (directory / BEST).unlink(missing_ok=True)
         return start_run(settings, directory, cache=cache)
     there = Settings.from_dict(load_checkpoint(last).get("settings", {}))
     # A run that was told its epochs counts in steps once it has begun.

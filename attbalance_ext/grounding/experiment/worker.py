@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
+from attbalance_ext.grounding.alone import alone_in
 from attbalance_ext.grounding.errors import NotWritten, TrainingFailed, UserError
 from attbalance_ext.grounding.experiment.cell import run_cell
-from attbalance_ext.grounding.files import exclusive
 from attbalance_ext.grounding.fit import Interrupted
 from attbalance_ext.grounding.settings import Settings
 from attbalance_ext.grounding.train import Trainer
@@ -35,7 +35,7 @@ def main() -> int:
     threading.Thread(target=_stop_with_input, daemon=True).start()
     torch.set_num_threads(order["threads"])
     directory, record = Path(order["directory"]), Path(order["record"])
-    with exclusive(directory / "run", wait=False) as alone:
+    with alone_in(directory) as alone:
         if not alone:
             return BUSY
         if record.exists():
