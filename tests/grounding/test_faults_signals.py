@@ -14,8 +14,10 @@ from attbalance_ext.grounding.train import LAST
 
 pytestmark = pytest.mark.usefixtures("few_scenes")
 
+# A shell's background job, as these tests may be one, is started with Ctrl-C ignored.
 IN_STEP_6 = """
 import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from attbalance_ext.grounding.train import Trainer
 step = Trainer._train_step
 def signalled(self):
