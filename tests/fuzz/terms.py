@@ -45,7 +45,7 @@ SPACE = Space(
         "padding": ("none", "none", "some", "some", "lone", "one_sample", "all"),
         "padding_layout": PLAIN_LAYOUTS,
         "padding_argument": ("padding", "key_padding_mask"),
-        "scale": (1.0, 0.1, 0.01, 1e-3, 1e-4, 10.0, 100.0, 1e3, 1e4, -1.0, 0.0, 1e30, 1e-30),
+        "scale": (1.0, 0.1, 0.01, 1e-3, 1e-4, 10.0, 100.0, 1e3, 1e4, -1.0, 0.0),
         "spread": (1.0, 1.0, 0.1, 0.01, 1e-4, 8.0, 8.0, 30.0, 100.0, 1e3, 1e4),  # of the scores
         "key_size": (1.0, 1.0, 30.0, 1e3, 1e-3),
         "distance": (1.0, 0.1, 1e-3, 1e-6, 0.0, 10.0),  # of the teacher's keys from the student's
